@@ -47,7 +47,7 @@ class Bar:
 
     Args:
         what: Name of the work.
-        total: Total number of units.
+        total: Total number of units; None where nobody knows.
         unit: What is counted.
         done: Units that an earlier process has done.
         start: When the work began, by `time.monotonic`; None for now.
@@ -55,7 +55,7 @@ class Bar:
 
     shown: ClassVar[list[Bar]] = []  # outermost first
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0, start: float | None = None) -> None:
+    def __init__(self, what: str, total: int | None, unit: str, done: int = 0, start: float | None = None) -> None:
         self.what, self.total, self.unit, self.first = what, total, unit, done
         self.start = time.monotonic() if start is None else start
         self.width, self.drawn_at, self.is_left, self.brief = 0, 0.0, False, ""
@@ -63,18 +63,21 @@ class Bar:
 
     def draw(self, done: int, note: str = "") -> None:
         """Draw it, unless that was a moment ago."""
-        now, done = time.monotonic(), min(done, self.total)
-        bits = [f"{done:,} of {self.total:,} {self.unit}", *([note] if note else [])]
+        now = time.monotonic()
+        bits = [count_in_words(done, self.total, self.unit), *([note] if note else [])]
         self.brief = f"{self.what}: {', '.join(bits)}"
         if self.is_left or Bar.shown[-1] is not self or now - self.drawn_at < REDRAW_SECONDS:
             return
         self.drawn_at = now
-        full, empty = "#-" if is_ascii() else "\u2588\u2591"
-        cells = BAR_CELLS * done // max(self.total, 1)
-        bits += time_left(self.start, now, self.first, done, self.total)
+        cells = ""
+        if self.total is not None:
+            full, empty = "#-" if is_ascii() else "\u2588\u2591"
+            count = BAR_CELLS * min(done, self.total) // max(self.total, 1)
+            cells = f"{full * count}{empty * (BAR_CELLS - count)} "
+            bits += time_left(self.start, now, self.first, done, self.total)
         around = "".join(f"{bar.brief}; " for bar in Bar.shown[:-1] if bar.brief)
         room = shutil.get_terminal_size((80, 24)).columns - 1
-        line = f"{around}{self.what}: {full * cells}{empty * (BAR_CELLS - cells)} {', '.join(bits)}"[:room]
+        line = f"{around}{self.what}: {cells}{', '.join(bits)}"[:room]
         write(f"\r{line}{' ' * (self.width - len(line))}")
         self.width = len(line)
 
@@ -126,6 +129,11 @@ def shows_bars() -> bool:
     return sys.stderr.isatty() and logger.isEnabledFor(logging.INFO) and is_first_process()
 
 
+def count_in_words(done: int, total: int | None, unit: str) -> str:
+    """What is done, of how much where that is known."""
+    return f"{done:,} {unit}" if total is None else f"{min(done, total):,} of {total:,} {unit}"
+
+
 def time_left(start: float, now: float, first: int, done: int, total: int) -> list[str]:
     """The time that the rest will take at the pace so far, in words; nothing where none is known."""
     if done <= first or done >= total:
@@ -158,13 +166,13 @@ def track(items: Iterable[Item], what: str, total: int, unit: str = "images", ea
 
 @contextmanager
 def track_counter(
-    what: str, total: int, unit: str = "images", done: Callable[[], int] | None = None
+    what: str, total: int | None, unit: str = "images", done: Callable[[], int] | None = None
 ) -> Iterator[Counter]:
     """Say how far it is while the block runs, from a thread of its own.
 
     Args:
         what: Name of the work.
-        total: Total number of units.
+        total: Total number of units; None where nobody knows, and then nothing is said before the first is done.
         unit: what is counted.
         done: Returns the number of units done; None to count the ticks of the yielded counter.
     """
@@ -183,7 +191,7 @@ _trackers = [0]  # blocks around what goes on
 
 
 def _report(
-    what: str, total: int, unit: str, done: Callable[[], int], counter: Counter, finished: threading.Event
+    what: str, total: int | None, unit: str, done: Callable[[], int], counter: Counter, finished: threading.Event
 ) -> None:
     start = time.monotonic()
     if not logger.isEnabledFor(logging.INFO) or not is_first_process():
@@ -194,15 +202,19 @@ def _report(
             if not finished.wait(FIRST_REPORT_SECONDS):
                 bar = Bar(what, total, unit, start=start)
                 while not finished.wait(REDRAW_SECONDS):
-                    bar.draw(done(), counter.note)
+                    if (count := done()) or total is not None:
+                        bar.draw(count, counter.note)
                 bar.close()
             return
         wait = FIRST_REPORT_SECONDS if _trackers[0] == 1 else MIN_INTERVAL_SECONDS
         while not finished.wait(wait):
-            now, count = time.monotonic(), min(done(), total)
+            now, count = time.monotonic(), done()
             wait = min(max(MIN_INTERVAL_SECONDS, (now - start) / 10), MAX_INTERVAL_SECONDS)
-            bits = [f"{count:,} of {total:,} {unit}", *([counter.note] if counter.note else [])]
-            logger.info(f"{what}: {', '.join([*bits, *time_left(start, now, 0, count, total)])}")
+            bits = [count_in_words(count, total, unit), *([counter.note] if counter.note else [])]
+            if total is not None:
+                bits += time_left(start, now, 0, count, total)
+            if count or total is not None:
+                logger.info(f"{what}: {', '.join(bits)}")
     finally:
         _trackers[0] -= 1
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import sslvit
+from sslvit import progress
 from sslvit.checkpoint import provenance_of
 from sslvit.cli import main
 from sslvit.layouts import hub
@@ -44,6 +48,26 @@ def test_a_model_is_opened_by_its_name_and_by_a_revision(cache: Path, capsys: py
         torch.testing.assert_close(sslvit.load_encoder(name)(images), encoder(seed)(images))
     assert provenance_of("hf:own/vit@main") == {"imported_from": f"hf:own/vit@{COMMIT}"}
     assert f"hf:own/vit: snapshot {COMMIT}" in capsys.readouterr().out
+
+
+def test_what_is_downloaded_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """Of files that are being written in the hub's cache; what an earlier attempt left there does not count."""
+    monkeypatch.setattr(progress, "FIRST_REPORT_SECONDS", 0.05)
+    blobs = cache / "blobs"
+    blobs.mkdir()
+    left, written = blobs / "left.incomplete", blobs / "new.incomplete"
+    left.write_bytes(b"0" * 5_000_000)
+    os.utime(left, (1e9, 1e9))
+
+    def download(repo: str, **_) -> str:
+        written.write_bytes(b"0" * 2_000_000)
+        time.sleep(0.2)
+        return str(cache / "snapshots" / COMMIT)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with caplog.at_level(logging.INFO, "sslvit.progress"):
+        hub.snapshot("hf:own/vit")
+    assert [record.getMessage() for record in caplog.records] == ["downloading hf:own/vit: 2 MB"]
 
 
 def test_pickled_weights_are_read_where_there_are_no_others(

@@ -93,6 +93,29 @@ def test_elsewhere_it_is_a_line_now_and_then_without_rows_of_padding(monkeypatch
     assert not any("12 of" in line for line in said)
 
 
+def test_what_has_no_known_total_is_counted(terminal: Terminal, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "FIRST_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "REDRAW_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "shows_bars", lambda: True)
+    with track_counter("looking through photos", None) as counter:
+        time.sleep(0.1)
+        assert terminal.getvalue() == ""  # nothing was found so far
+        counter.tick(1500)
+        time.sleep(0.1)
+    assert terminal.getvalue().startswith("\rlooking through photos: 1,500 images\r")
+
+
+def test_elsewhere_a_count_without_a_total_is_a_line_once_something_is_done(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(progress, "FIRST_REPORT_SECONDS", 0.05)
+    monkeypatch.setattr(progress, "MIN_INTERVAL_SECONDS", 0.05)
+    with caplog.at_level(logging.INFO, "sslvit.progress"):
+        with track_counter("downloading", None, "MB"):
+            time.sleep(0.12)
+        with track_counter("downloading", None, "MB", lambda: 7):
+            time.sleep(0.08)
+    assert [record.getMessage() for record in caplog.records] == ["downloading: 7 MB"]
+
+
 def test_the_inner_of_two_lines_waits(monkeypatch, caplog) -> None:
     monkeypatch.setattr(progress, "FIRST_REPORT_SECONDS", 0.05)
     monkeypatch.setattr(progress, "MIN_INTERVAL_SECONDS", 0.4)

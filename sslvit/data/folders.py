@@ -13,6 +13,7 @@ from sslvit.data.index import sets_below
 from sslvit.data.labels import NO_LABEL, brief_names, sorted_names
 from sslvit.data.sources import FileImages, ImageSource, Sample
 from sslvit.files import expand_path, printable
+from sslvit.progress import track_counter
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 # what systems and archives leave beside people's files
@@ -49,15 +50,21 @@ def folder_source(source: Path) -> ImageSource:
     top_level: list[Sample] = []
     classes: dict[str, list[Sample]] = {}
     empty = []
-    for entry in _entries(source, skipped):
-        if _is_folder(entry):
-            images = [_sample(files, path, source) for path in _images_below(entry.path, source, skipped, ())]
-            if images:
-                classes[entry.name] = images
-            else:
-                empty.append(entry.name)
-        elif _is_image(entry, source, skipped):
-            top_level.append(_sample(files, entry.path, source))
+    with track_counter(f"looking through {printable(source)}", None) as counter:
+
+        def found(path: str) -> Sample:
+            counter.tick()
+            return _sample(files, path, source)
+
+        for entry in _entries(source, skipped):
+            if _is_folder(entry):
+                images = [found(path) for path in _images_below(entry.path, source, skipped, ())]
+                if images:
+                    classes[entry.name] = images
+                else:
+                    empty.append(entry.name)
+            elif _is_image(entry, source, skipped):
+                top_level.append(found(entry.path))
     if top_level and classes:
         raise ValueError(
             f"{printable(source)}: holds images ({printable(top_level[0].key + top_level[0].suffix)}, ...) beside "

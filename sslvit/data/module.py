@@ -15,7 +15,7 @@ from sslvit.data.batch import Batch
 from sslvit.data.loader import Resolutions, TrainingBatches, encoder_views, evaluation_loader, make_batch
 from sslvit.data.mixture import Index, Plan
 from sslvit.data.on_device import DeviceBatches, DeviceLoader, Prefetcher
-from sslvit.data.open import open_data, open_shards
+from sslvit.data.open import open_run_data, open_shards
 from sslvit.data.reader import ShardReader, fits_in_memory
 from sslvit.data.resample import SMALL_SIDE, normalize
 from sslvit.data.stream import StreamBatches, StreamIndex
@@ -62,7 +62,7 @@ class ShardDataModule(pl.LightningDataModule):
             val: Shards or a folder of images that the validation loss is of; None for none.
         """
         train = settings.train
-        index, plan = open_data(settings.data, settings.seed, train.batch_multiple, settings.task.usual.batch)
+        index, plan = open_run_data(settings)
         train = train.fitted(settings.task.usual, len(index), plan.steps_per_epoch)
         run = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
         held_out = None if val is None else open_shards(val)

@@ -7,7 +7,9 @@ import glob
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,21 @@ import numpy as np
 from braceexpand import braceexpand
 from filelock import FileLock
 
-from sslvit.data.header import BadImage
+from sslvit.data.header import MODES, BadImage
 from sslvit.data.index import ShardIndex, load_index, read_index, unlisted_warning
 from sslvit.data.mixture import Index, JoinedIndex, MixturePlan, Plan, split_by_weight
-from sslvit.data.open_folder import open_image_folder
+from sslvit.data.open_folder import Check, channels_of, open_image_folder
 from sslvit.data.plan import EpochPlan
 from sslvit.data.python_data import given_index
 from sslvit.data.records import CHECKED_BYTES, RECORD, is_url, sha256_of
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_names, index_shards
 from sslvit.data.schema import checked_index, parse_json
+from sslvit.data.sources import ImageSource
 from sslvit.data.stream import StreamIndex
 from sslvit.data.subset import limit_samples
 from sslvit.files import expand_path, printable
-from sslvit.settings import DataSettings
+from sslvit.settings import DataSettings, RunSettings
 from sslvit.settings.data import PIPE, is_given
 from sslvit.settings.task import TaskSettings
 
@@ -40,7 +43,11 @@ USAGE = "Pass a folder of images or of shards (sslvit shards pack SRC DST)."
 
 
 def open_data(
-    settings: DataSettings, seed: int, multiple_of: int = 1, usual_batch: int = TaskSettings.usual.batch
+    settings: DataSettings,
+    seed: int,
+    multiple_of: int = 1,
+    usual_batch: int = TaskSettings.usual.batch,
+    channels: int | None = None,
 ) -> tuple[Index | StreamIndex, Plan]:
     """The index of a run's data and the order in which it is read.
 
@@ -49,11 +56,23 @@ def open_data(
         seed: Seed of the order.
         multiple_of: What a batch size that is chosen or lowered is a multiple of (`TrainSettings.batch_multiple`).
         usual_batch: Largest batch where none is given (`Usual.batch` of the task).
+        channels: Channels of the encoder's input, to which a folder's images must be convertible; None for any.
 
     Raises:
         FileNotFoundError: nothing given, or nothing there.
-        ValueError: no images there, a damaged index, or a batch that does not fit.
+        ValueError: no images there, a damaged index, or a batch that does not fit. What the names in an image folder
+            and a few headers tell is refused before it is packed.
     """
+
+    def check(source: str, found: ImageSource) -> None:
+        numbers = channels_of(found)
+        if channels is not None and numbers:
+            check_channels(channels, channels if channels in numbers else min(numbers), source)
+        if not settings.mixture:
+            classes = None if found.classes is None else len(found.classes)
+            images = settings.images_of(len(found.samples), source, classes)
+            EpochPlan([images], settings.batch_for(images, usual_batch, multiple_of), seed)
+
     if settings.is_stream:
         if settings.has_limit:
             raise ValueError("data.limit: a stream cannot be drawn from. Pack it into shards, or leave the limit out.")
@@ -62,13 +81,13 @@ def open_data(
         )
         return stream, EpochPlan([len(stream)], settings.batch_for(len(stream), usual_batch, multiple_of), seed)
     if not settings.mixture:
-        index = _open(settings.shards or "", settings)
+        index = _open(settings.shards or "", settings, check)
         if settings.has_limit:
             index = limit_samples(index, settings, seed)
         return index, _plan(index, settings, settings.batch_for(len(index), usual_batch, multiple_of), seed)
     weights = list(settings.mixture.values())
     split_by_weight(weights, settings.global_batch_size or usual_batch)  # refuses before anything is opened
-    sources = [_open(source, settings) for source in settings.mixture]
+    sources = [_open(source, settings, check) for source in settings.mixture]
     fillable = min(len(index) * sum(weights) / weight for index, weight in zip(sources, weights, strict=True))
     rows = split_by_weight(weights, settings.batch_for(int(fillable), usual_batch, multiple_of))
     plans = []
@@ -80,9 +99,15 @@ def open_data(
     return JoinedIndex(sources, rows), MixturePlan(plans)
 
 
-def _open(source: str, settings: DataSettings) -> ShardIndex:
+def open_run_data(settings: RunSettings) -> tuple[Index | StreamIndex, Plan]:
+    """The index of a run's data and the order in which it is read; errors as of `open_data`."""
+    batch_multiple, usual_batch = settings.train.batch_multiple, settings.task.usual.batch
+    return open_data(settings.data, settings.seed, batch_multiple, usual_batch, settings.encoder.channels)
+
+
+def _open(source: str, settings: DataSettings, check: Callable[[str, ImageSource], None]) -> ShardIndex:
     indexed = open_indexed(source)  # needs no cache
-    return open_shards(source, shard_cache(settings)) if indexed is None else indexed
+    return open_shards(source, shard_cache(settings), partial(check, source)) if indexed is None else indexed
 
 
 def open_indexed(source: str | Path) -> ShardIndex | None:
@@ -100,12 +125,13 @@ def open_indexed(source: str | Path) -> ShardIndex | None:
     return index
 
 
-def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardIndex:
+def open_shards(source: str | Path, cache: ShardCache | None = None, check: Check | None = None) -> ShardIndex:
     """The index of a data set; shards without one are indexed, and an image folder is packed first.
 
     Args:
         source: a folder of shards or of images, a pattern of shards, or an address of either.
         cache: Cache for network shards and packed image folders; None for the default folder.
+        check: Refuses what an image folder holds before it is packed, by raising ValueError; None for no check.
 
     Raises:
         FileNotFoundError: nothing given, or nothing there.
@@ -135,7 +161,7 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
         return load_index(path)
     if (path / "packing").is_dir():
         return load_index(path)  # says what to do
-    return open_image_folder(path, cache)
+    return open_image_folder(path, cache, check)
 
 
 def is_image_folder(source: str | Path) -> bool:
@@ -143,6 +169,24 @@ def is_image_folder(source: str | Path) -> bool:
     path = Path(expand_path(source))
     is_indexed = (path / "index.json").exists() or (path / "train" / "index.json").exists()
     return path.is_dir() and not is_indexed and not (path / "packing").is_dir() and not any(path.glob("*.tar"))
+
+
+def check_channels(encoder: int, images: int, location: str) -> None:
+    """Refuse images whose channels are not those of the encoder's input and cannot be converted to them.
+
+    Args:
+        encoder: Channels of the encoder's input.
+        images: Channels of the images.
+        location: Where these lie, for the message.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if images != encoder and not {images, encoder} <= set(MODES):
+        raise ValueError(
+            f"encoder.channels: {encoder}, but the images of {printable(location)} have {images}. "
+            f"Images are converted between {', '.join(map(str, MODES))} channels only."
+        )
 
 
 def check_present(index: Index | StreamIndex, max_fraction: float) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from filelock import FileLock
 
 from sslvit.data.first_rank import is_local_rank_zero, publish_folder, wait_for_folder
 from sslvit.data.folders import folder_source
+from sslvit.data.header import BadImage, read_header
 from sslvit.data.index import ShardIndex, load_index
 from sslvit.data.pack import pack
+from sslvit.data.plan import evenly_spaced
 from sslvit.data.remote import ShardCache
 from sslvit.data.sources import ImageSource
 from sslvit.data.unfinished import digest_samples, digest_times
@@ -21,9 +24,12 @@ from sslvit.files import printable
 
 logger = logging.getLogger(__name__)
 
+Check = Callable[[ImageSource], None]  # refuses what a folder holds, before it is packed
+MAX_LOOKED_AT = 16  # images, evenly spaced, whose headers tell the channels of a folder's images
 
-def open_image_folder(path: Path, cache: ShardCache) -> ShardIndex:
-    """The shards of an image folder, packed into the cache on first use."""
+
+def open_image_folder(path: Path, cache: ShardCache, check: Check | None = None) -> ShardIndex:
+    """The shards of an image folder, packed into the cache on first use unless a check refuses what it holds."""
     notes = cache.folder / "packed"
     if not is_local_rank_zero() and (folder := wait_for_folder(notes, path)) is not None:
         with FileLock(folder / ".pack.lock"):  # the first process may be packing still
@@ -36,21 +42,32 @@ def open_image_folder(path: Path, cache: ShardCache) -> ShardIndex:
         with FileLock(folder / ".pack.lock"):
             if publish is not None:
                 publish(folder)  # the others wait for the lock from now on
-            index = _pack_once(path, found, folder)
+            index = _pack_once(path, found, folder, check)
     return index
 
 
-def _pack_once(path: Path, found: ImageSource, folder: Path) -> ShardIndex:
+def _pack_once(path: Path, found: ImageSource, folder: Path, check: Check | None) -> ShardIndex:
     """The shards of a folder's images, packed now unless they were before."""
     if (folder / "index.json").exists():
         logger.info(f"{printable(path)}: an image folder; using its shards packed earlier in {folder}.")
         return load_index(folder)
+    if check is not None:
+        check(found)
     for note in found.notes:
         logger.info(f"{printable(path)}: {note}")
     logger.info(f"{printable(path)}: an image folder; packing it into {folder} first.")
     index = pack(found.samples, folder, found.classes, skipped=found.skipped)
     assert index is not None  # all of it was packed here
     return index
+
+
+def channels_of(found: ImageSource) -> set[int]:
+    """Numbers of channels that images of a folder have, of a few that can be read."""
+    numbers = set()
+    for sample in evenly_spaced(len(found.samples), MAX_LOOKED_AT):
+        with suppress(BadImage, OSError):
+            numbers.add(read_header(found.samples[int(sample)].read()).channels)
+    return numbers
 
 
 def packed_folder(path: Path, found: ImageSource, cache: ShardCache) -> Path:

@@ -10,7 +10,8 @@ from typing import Any
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import FeatureExtractor
-from sslvit.evaluate.probe import LINEAR, ProbeTable, describe, open_labeled, score, untrained
+from sslvit.evaluate.labeled import open_labeled
+from sslvit.evaluate.probe import LINEAR, ProbeTable, describe, score, untrained
 from sslvit.evaluate.protocols import HELD_OUT_ACCURACY, ProbeContext
 from sslvit.evaluate.scores import Scores, format_table
 from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen

@@ -8,24 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 
-from sslvit.data.folders import check_labeled
-from sslvit.data.index import ShardIndex
-from sslvit.data.labels import brief_names, sorted_names
-from sslvit.data.open import check_present, open_shards
-from sslvit.data.overlap import check_same_data, check_same_source
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.differences import Difference, Right, differences, verdicts
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.knn import recognized_by_neighbors
+from sslvit.evaluate.labeled import open_labeled
 from sslvit.evaluate.linear import fit_probe, percent, sample_labels
 from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, describe_readouts, linear_probe
 from sslvit.evaluate.scores import Scores, format_table, independent, intervals, means, sampling_interval, score_cells
 from sslvit.evaluate.sources import Features, FrozenBackbone, LabeledSet, RawPixels, Source, frozen
-from sslvit.files import brief
 from sslvit.models import Backbone, Encoder, make_encoder
 from sslvit.ranks import is_first_rank
 from sslvit.results import Result
@@ -290,52 +284,3 @@ def neighbors(train: Features, val: Features, context: ProbeContext, settings: P
     )
     what = "whitened kNN" if settings.whiten else "kNN"
     return {f"{what}, k = {k}": [is_right] for k, is_right in found.items()}
-
-
-def open_labeled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:
-    """The two data sets of a probe, refused unless their classes are the same and their images are not."""
-    for key in ("train", "val"):
-        check_labeled(f"--{key}", getattr(settings, key))  # before anything is packed
-    check_same_source(settings.train, settings.val, settings.allow_same_data, "--allow-same-data")
-    train, val = (open_shards(source) for source in (settings.train, settings.val))
-    check_classes(train, val, settings)
-    check_same_data(train, val, settings.allow_same_data, "--allow-same-data")
-    return train, val
-
-
-def class_difference(train: ShardIndex, val: ShardIndex) -> str:
-    """The difference between the classes of two data sets, in words."""
-    of_train, of_val = train.classes or [], val.classes or []
-    missing = [
-        f"{brief_names(sorted_names(set(one) - set(other)))} only in {location}"
-        for one, other, location in ((of_train, of_val, train.location), (of_val, of_train, val.location))
-        if set(one) - set(other)
-    ]
-    if missing:
-        return "; ".join(missing)
-    number = next(i for i, (one, other) in enumerate(zip(of_train, of_val, strict=True)) if one != other)
-    return f"the same names in another order (number {number} is {of_train[number]} and {of_val[number]})"
-
-
-def check_classes(train: ShardIndex, val: ShardIndex, settings: ProbeSettings) -> None:
-    """Refuse data that cannot be probed before any feature is computed."""
-    for index in (train, val):
-        check_present(index, 0.0)
-        index.labels_of(np.arange(0))  # refuses unlabeled data
-    if train.classes != val.classes:
-        raise ValueError(
-            f"{train.location} and {val.location} have different classes: {class_difference(train, val)}. "
-            "Pack both from one folder with --holdout."
-        )
-    classes = train.classes or []
-    counts = np.bincount(train.labels_of(slice(None)), minlength=len(classes))
-    if settings.neighbors and min(settings.neighbors) > len(train):
-        raise ValueError(f"--neighbors {min(settings.neighbors)}: there are only {len(train):,} training images.")
-    few, smallest = settings.labels_per_class, classes[int(counts.argmin())]
-    if few and counts.min() < few:
-        raise ValueError(f"--labels-per-class {few}: class {brief(smallest)} has only {counts.min()} training images.")
-    if settings.labels_percent and round(counts.min() * settings.labels_percent / 100) < 2:
-        raise ValueError(
-            f"--labels-percent {settings.labels_percent:g}: of class {brief(smallest)} ({counts.min()} training "
-            "images) less than 2 would be drawn. Give a larger percentage, or --labels-per-class."
-        )

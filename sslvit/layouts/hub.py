@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sslvit.environment import require_packages
 from sslvit.files import printable
-from sslvit.progress import quiet_libraries
+from sslvit.progress import quiet_libraries, track_counter
 
 HUB = "hf:"
 NAME = re.compile(r"hf:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
@@ -39,11 +42,30 @@ def snapshot(source: str) -> Path:
     return found
 
 
+@contextmanager
+def downloads_shown(what: str) -> Iterator[None]:
+    """Say how much the hub's library has downloaded while the block runs, in the place of its own bars."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    began, cache = time.time(), Path(HF_HUB_CACHE)
+
+    def megabytes() -> int:
+        written = 0
+        for path in cache.glob("models--*/blobs/*.incomplete"):
+            with suppress(OSError):  # it is whole now, and has its name
+                about = path.stat()
+                written += about.st_size if about.st_mtime >= began else 0
+        return written // 10**6
+
+    with quiet_libraries(), track_counter(f"downloading {printable(what)}", None, "MB", megabytes):
+        yield
+
+
 def _download(source: str, repo: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        with quiet_libraries():
+        with downloads_shown(source):
             return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except Exception as error:  # of the hub, of its cache and of any HTTP library
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

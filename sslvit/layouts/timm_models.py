@@ -15,10 +15,10 @@ from sslvit.environment import require_packages
 from sslvit.files import printable, quoted
 from sslvit.layouts import dinov3, transformers_folder
 from sslvit.layouts import timm as plain_timm
+from sslvit.layouts.hub import downloads_shown
 from sslvit.layouts.preprocessing import from_timm
 from sslvit.layouts.vit import Converted
 from sslvit.models import ViTEncoder
-from sslvit.progress import quiet_libraries
 from sslvit.settings.choices import near
 from sslvit.weight_files import count_blocks, read_folder_weights
 
@@ -135,7 +135,7 @@ def create(name: str, pretrained: bool) -> Any:
     """A model of timm's, which sets its attributes dynamically, without its classifier; errors become one line."""
     timm = _import_timm(name)
     try:
-        with quiet_libraries():
+        with downloads_shown(f"timm:{name}"):
             return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # the hub raises almost anything when it cannot be reached
         raise ValueError(f"timm:{name}: {_explain(error, name)}") from error

@@ -20,7 +20,8 @@ from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.encoders import open_encoder
 from sslvit.evaluate.features import FeatureExtractor
-from sslvit.evaluate.probe import PAPER_RULE, open_labeled, score, untrained
+from sslvit.evaluate.labeled import open_labeled
+from sslvit.evaluate.probe import PAPER_RULE, score, untrained
 from sslvit.evaluate.protocols import ProbeContext, check_readouts
 from sslvit.evaluate.scores import Scores, columns_of, format_score, format_table, independent
 from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen

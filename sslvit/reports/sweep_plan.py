@@ -10,8 +10,8 @@ from typing import Any
 
 from sslvit.checkpoint import load_encoder
 from sslvit.compatibility import check_same
-from sslvit.data.open import open_data
-from sslvit.evaluate.probe import open_labeled
+from sslvit.data.open import open_run_data
+from sslvit.evaluate.labeled import open_labeled
 from sslvit.files import brief, expand_path
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, ProbeSettings, RunSettings, SupervisedSettings
@@ -131,7 +131,7 @@ def _check(run: SweepRun, is_elsewhere: bool) -> RunSettings:
             )
     settings = replace(settings, train=train)
     check_machine(settings)
-    index, plan = open_data(settings.data, settings.seed, train.batch_multiple, settings.task.usual.batch)
+    index, plan = open_run_data(settings)
     check_data(settings, index, plan)
     if train.epochs is None and train.steps is None:
         train = replace(train, epochs=1.0)  # a budget's length is known when its steps have been timed

@@ -12,9 +12,8 @@ import torch
 
 from sslvit.checkpoint import load_encoder
 from sslvit.data.folders import check_labeled
-from sslvit.data.header import MODES
 from sslvit.data.mixture import Index, Plan
-from sslvit.data.open import check_present
+from sslvit.data.open import check_channels, check_present
 from sslvit.data.overlap import check_same_source
 from sslvit.data.stream import StreamIndex
 from sslvit.data.transform import first_call, function_of, in_words
@@ -137,11 +136,7 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
 def check_data(settings: RunSettings, index: Index | StreamIndex, plan: Plan) -> None:
     """Refuse data that this run cannot read, before step 0."""
     data, encoder = settings.data, settings.encoder
-    if index.channels != encoder.channels and not {index.channels, encoder.channels} <= set(MODES):
-        raise ValueError(
-            f"encoder.channels: {encoder.channels}, but the images of {index.location} have {index.channels}. "
-            f"Images are converted between {', '.join(map(str, MODES))} channels only."
-        )
+    check_channels(encoder.channels, index.channels, index.location)
     if data.ledger and isinstance(index, StreamIndex):
         raise ValueError("data.ledger: a stream cannot promise each sample once. Pack it into shards, or leave it off.")
     if data.resolutions and isinstance(index, StreamIndex):

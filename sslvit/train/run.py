@@ -22,7 +22,7 @@ from sslvit.checkpoint import HEAD, load_encoder, save_encoder
 from sslvit.data.examples import Examples
 from sslvit.data.mixture import Plan
 from sslvit.data.module import ShardDataModule
-from sslvit.data.open import open_data
+from sslvit.data.open import open_run_data
 from sslvit.environment import cpu_cores, limited_steps
 from sslvit.files import counted, new_file
 from sslvit.ranks import ending_groups
@@ -101,7 +101,7 @@ def _pretrain(
     check_machine(settings)
     checkpoint = folder.newest_checkpoint() if goes_on else None
     start = load_encoder(settings.init) if settings.init and not goes_on else None
-    index, plan = open_data(settings.data, settings.seed, train.batch_multiple, settings.task.usual.batch)
+    index, plan = open_run_data(settings)
     if is_first:
         check_data(settings, index, plan)
     settings = look_at_views(settings, index)

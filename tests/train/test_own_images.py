@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 from run_fixtures import TINY
+from shard_fixtures import image_folder
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
@@ -213,6 +214,36 @@ def test_what_needs_no_images_is_refused_before_they_are_packed(
     (tmp_path / "there" / "file").touch()
     named = {"PHOTOS": photos, "RUN": tmp_path / "run", "THERE": tmp_path / "there", "ENCODER": encoder_folder}
     assert main([str(named.get(word, word)) for word in words]) == 1
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["pretrain", "--data", "FOLDER", "--encoder.channels", "2"], "encoder.channels: 2, but the images of"),
+        (["pretrain", "--data", "FOLDER", "--data.global_batch_size", "21"], "data.global_batch_size: 21 is more than"),
+        (["pretrain", "--data", "FOLDER", "--data.limit", "21"], "data.limit: 21 is more than the 20 images of"),
+        (["knn", "ENCODER", "--train", "FOLDER", "--val", "OTHER", "--neighbors", "21"], "there are only 20 training"),
+        (["probe", "ENCODER", "--train", "FOLDER", "--val", "OTHER", "--labels-per-class", "11"], "has only 10"),
+        (["probe", "ENCODER", "--train", "SHARDS", "--val", "OTHER"], "cow only in"),
+        (["finetune", "ENCODER", "--train", "SHARDS", "--val", "OTHER"], "cow only in"),
+    ],
+)
+def test_what_names_and_headers_tell_is_refused_before_images_are_packed(
+    words: list[str], reason: str, tmp_path: Path, encoder_folder: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    places = {
+        "ENCODER": encoder_folder, "FOLDER": image_folder(tmp_path / "folder"), "SHARDS": tmp_path / "shards",
+        "OTHER": image_folder(tmp_path / "other", ("cat", "cow")),
+    }  # fmt: skip
+    assert main(["shards", "pack", str(places["FOLDER"]), str(places["SHARDS"])]) == 0
+    monkeypatch.setattr("sslvit.data.open_folder.pack", None)
+    if words[0] in ("pretrain", "finetune"):
+        recipe = "mae/own_images" if words[0] == "pretrain" else "finetune/small_images"
+        words = [*words, "--config", recipe, "--out", "RUN"]
+        places["RUN"] = tmp_path / "run"
+    assert main([str(places.get(word, word)) for word in words]) == 1
     assert reason in capsys.readouterr().err
 
 

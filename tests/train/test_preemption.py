@@ -80,7 +80,7 @@ def test_ctrl_c_is_one_line_and_asks_no_scheduler(
     monkeypatch.setattr(run_module, "requeue", lambda: pytest.fail("a scheduler was asked"))
     monkeypatch.setattr("sslvit.cli.requeue", lambda: pytest.fail("a scheduler was asked"))
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "open_data", lambda *_: tell(signal.SIGINT))
+        patch.setattr(run_module, "open_run_data", lambda *_: tell(signal.SIGINT))
         assert main(words_of(shards, tmp_path / "run")) == 130
     assert capfd.readouterr().err == (
         "sslvit: interrupted before the first step, so there is nothing to save yet: give the same command again\n"
@@ -150,7 +150,7 @@ def test_further_signals_change_nothing_while_a_stopped_run_ends(
     asked = []
     monkeypatch.setattr(run_module, "requeue", lambda: asked.append(tell()))
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "open_data", open_data)
+        patch.setattr(run_module, "open_run_data", open_data)
         assert main(words_of(shards, tmp_path / "run")) == 75
     assert "received SIGTERM before the first step" in capsys.readouterr().err
     signaled(monkeypatch, [signal.SIGUSR1], at=2)

@@ -491,7 +491,7 @@ def test_only_a_run_folder_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("place", ["open_data", "make_trainer"])
+@pytest.mark.parametrize("place", ["open_run_data", "make_trainer"])
 def test_a_signal_before_the_first_step_ends_with_try_again(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, number: signal.Signals, place: str
 ) -> None:

@@ -27,8 +27,8 @@ from sslvit.evaluate.classify import Accuracy, accuracy
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.knn import knn_accuracies
 from sslvit.evaluate.label_free import measures_of
+from sslvit.evaluate.labeled import check_classes, check_same_classes, open_labeled
 from sslvit.evaluate.linear import fit_probe
-from sslvit.evaluate.probe import check_classes, open_labeled
 from sslvit.evaluate.sources import LabeledSet, NoScore, frozen, full_float32
 from sslvit.files import to_json, write_atomically
 from sslvit.models.backbone import evaluating
@@ -126,8 +126,9 @@ class Validation(ScoringCallback):
     ) -> None:  # fmt: skip
         super().__init__(task.validate_every, settings.train.log_every, total_steps)
         self.settings, self.folder = settings, folder
-        data, val = settings.data, open_shards(task.val or "")
         assert isinstance(index, ShardIndex)  # streams and mixtures have no labels to train on
+        data, named = settings.data, task.val or ""
+        val = open_shards(named, check=lambda found: check_same_classes(index, found.classes, named))
         check_classes(index, val, ProbeSettings("", "", neighbors=[]))
         check_same_data(index, val, task.allow_same_data, "--task.allow_same_data true")
         self.data = LabeledSet(val, settings.encoder.channels, None, data.max_unreadable_fraction, data.memory_limit_mb)

@@ -8,6 +8,7 @@ DATA, RUNS = "tests/data/test_python_data.py", "tests/train/test_data_sets.py"
 PACKED = "tests/data/test_dataset_source.py"
 SUBSET, LIMIT = "tests/data/test_subset.py", "tests/train/test_limit.py"
 TRANSFORM = "tests/train/test_transform.py"
+OWN_IMAGES = "tests/train/test_own_images.py"
 
 FAULTS = [
     # data sets
@@ -56,6 +57,23 @@ FAULTS = [
     Fault("Shards without any image of a limit are fetched", "sslvit/data/plan.py",
           "return np.flatnonzero(self.shard_samples).tolist()", "return list(range(len(self.shard_samples)))",
           (f"{SUBSET}::test_labels_names_and_shards_stay_those_of_the_images",)),
+    # refused before packing
+    Fault("A folder's images are counted after packing", "sslvit/data/open.py",
+          "            EpochPlan([images], settings.batch_for(images, usual_batch, multiple_of), seed)\n", "",
+          (f"{OWN_IMAGES}::test_what_names_and_headers_tell_is_refused_before_images_are_packed",)),
+    Fault("Channels of a folder's images are looked at after packing", "sslvit/data/open.py",
+          "if channels is not None and numbers:", "if False:",
+          (f"{OWN_IMAGES}::test_what_names_and_headers_tell_is_refused_before_images_are_packed",)),
+    Fault("Neighbors are counted after packing", "sslvit/evaluate/labeled.py",
+          "open_shards(settings.train, check=check)", "open_shards(settings.train)",
+          (f"{OWN_IMAGES}::test_what_names_and_headers_tell_is_refused_before_images_are_packed",)),
+    Fault("What an earlier attempt downloaded counts", "sslvit/layouts/hub.py",
+          "about.st_size if about.st_mtime >= began else 0", "about.st_size",
+          ("tests/test_hub.py::test_what_is_downloaded_is_said",)),
+    Fault("A count without a total says that nothing was found", "sslvit/progress.py",
+          "            if count or total is not None:\n                logger.info",
+          "            if True:\n                logger.info",
+          ("tests/test_progress.py::test_elsewhere_a_count_without_a_total_is_a_line_once_something_is_done",)),
     # functions
     Fault("A function draws the same in every epoch", "sslvit/data/transform.py",
           'rng.all_seeded(self.seed, epoch, "transform", sample)', 'rng.all_seeded(self.seed, "transform", sample)',

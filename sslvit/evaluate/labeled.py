@@ -1,0 +1,96 @@
+"""Labeled data sets to probe on, refused before features are computed, and what names alone tell before packing."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sslvit.data.folders import check_labeled
+from sslvit.data.index import ShardIndex
+from sslvit.data.labels import brief_names, sorted_names
+from sslvit.data.open import check_present, open_shards
+from sslvit.data.overlap import check_same_data, check_same_source
+from sslvit.data.sources import ImageSource
+from sslvit.files import brief, printable
+from sslvit.settings import ProbeSettings
+
+
+def open_labeled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:
+    """The two data sets of a probe, refused unless their classes are the same and their images are not."""
+    for key in ("train", "val"):
+        check_labeled(f"--{key}", getattr(settings, key))  # before anything is packed
+    check_same_source(settings.train, settings.val, settings.allow_same_data, "--allow-same-data")
+
+    def check(found: ImageSource) -> None:
+        if found.classes is not None:
+            check_counts(found.classes, np.array([sample.label for sample in found.samples]), settings)
+
+    train = open_shards(settings.train, check=check)
+    val = open_shards(settings.val, check=lambda found: check_same_classes(train, found.classes, settings.val))
+    check_classes(train, val, settings)
+    check_same_data(train, val, settings.allow_same_data, "--allow-same-data")
+    return train, val
+
+
+def class_difference(train: ShardIndex, of_val: list[str], location: str) -> str:
+    """The difference between the classes of two data sets, in words."""
+    of_train = train.classes or []
+    missing = [
+        f"{brief_names(sorted_names(set(one) - set(other)))} only in {where}"
+        for one, other, where in ((of_train, of_val, train.location), (of_val, of_train, location))
+        if set(one) - set(other)
+    ]
+    if missing:
+        return "; ".join(missing)
+    number = next(i for i, (one, other) in enumerate(zip(of_train, of_val, strict=True)) if one != other)
+    return f"the same names in another order (number {number} is {of_train[number]} and {of_val[number]})"
+
+
+def check_classes(train: ShardIndex, val: ShardIndex, settings: ProbeSettings) -> None:
+    """Refuse data that cannot be probed before any feature is computed."""
+    for index in (train, val):
+        check_present(index, 0.0)
+        index.labels_of(np.arange(0))  # refuses unlabeled data
+    check_same_classes(train, val.classes, val.location)
+    check_counts(train.classes or [], train.labels_of(slice(None)), settings)
+
+
+def check_same_classes(train: ShardIndex, classes: list[str] | None, location: str) -> None:
+    """Refuse scored images whose classes are not those that heads are fitted on.
+
+    Args:
+        train: What heads are fitted on.
+        classes: Classes of the images that are scored; None for unlabeled ones, of which others tell.
+        location: Where these lie.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if classes is not None and train.classes != classes:
+        raise ValueError(
+            f"{train.location} and {printable(location)} have different classes: "
+            f"{class_difference(train, classes, printable(location))}. Pack both from one folder with --holdout."
+        )
+
+
+def check_counts(classes: list[str], labels: np.ndarray, settings: ProbeSettings) -> None:
+    """Refuse more neighbors or labels than there are training images.
+
+    Args:
+        classes: Class names.
+        labels: Class number of each training image.
+        settings: What is asked for.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    if settings.neighbors and min(settings.neighbors) > len(labels):
+        raise ValueError(f"--neighbors {min(settings.neighbors)}: there are only {len(labels):,} training images.")
+    few, smallest = settings.labels_per_class, classes[int(counts.argmin())]
+    if few and counts.min() < few:
+        raise ValueError(f"--labels-per-class {few}: class {brief(smallest)} has only {counts.min()} training images.")
+    if settings.labels_percent and round(counts.min() * settings.labels_percent / 100) < 2:
+        raise ValueError(
+            f"--labels-percent {settings.labels_percent:g}: of class {brief(smallest)} ({counts.min()} training "
+            "images) less than 2 would be drawn. Give a larger percentage, or --labels-per-class."
+        )
