@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sslvit import zoo
 from sslvit.compatibility import check_fits, load_strict, settings_from
 from sslvit.data.preprocess import ImageLike, preprocess
-from sslvit.files import new_file, printable, remove_stale_parts
+from sslvit.files import new_file, printable, remove_stale_temporaries
 from sslvit.layouts import Converted, backbones, hub, timm_models, to_sslvit, transformers_folder
 from sslvit.layouts.unwrap import unwrap
 from sslvit.messages import for_python
@@ -123,7 +123,7 @@ def save_encoder(encoder: Encoder, folder: str | Path, provenance: dict[str, Any
     text = re.sub(r"\[\n[-+.\de,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(description, indent=2))
     files = [folder / name for name in ("encoder.json", "encoder.safetensors")]
     for file in files:
-        remove_stale_parts(file)
+        remove_stale_temporaries(file)
     with new_file(files[0]) as json_file, new_file(files[1]) as weight_file:  # the inner one is renamed first
         save_file(weights, weight_file)
         json_file.write_text(text + "\n")

@@ -280,6 +280,6 @@ def _show(axes: Axes, pixels: np.ndarray) -> None:
 def _save(figure: Figure, path: str | Path) -> Path:
     """Write a file that is whole or absent; its suffix decides the format."""
     path = Path(path)
-    with new_file(path, sync=False) as part:
-        figure.savefig(part, format=path.suffix.lstrip(".") or "png")
+    with new_file(path, sync=False) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png")
     return path

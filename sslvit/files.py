@@ -67,37 +67,37 @@ class WriteError(OSError):
 
 
 @contextmanager
-def new_file(path: str | Path, sync: bool = True, part: Path | None = None) -> Iterator[Path]:
+def new_file(path: str | Path, sync: bool = True, temporary: Path | None = None) -> Iterator[Path]:
     """A file to write beside `path`, which takes its place when the block ends, or is removed if that fails.
 
     Args:
         path: Destination; what is there before stays until the new file is whole.
         sync: wait until the disk has it, so that it survives a power cut.
-        part: The file to write, for a path that one process writes; by default one of this process.
+        temporary: The file to write, for a path that one process writes; by default one of this process.
 
     Raises:
         WriteError: the disk is full or cannot be written to.
     """
     path = Path(path)
-    part = part or path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        mode = part.stat().st_mode
-        yield part
-        os.chmod(part, mode)  # some writers make files that only their owner may read
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        os.chmod(temporary, mode)  # some writers make files that only their owner may read
         if sync:
-            _sync(part)
-        os.replace(part, path)
+            _sync(temporary)
+        os.replace(temporary, path)
         if sync:
             _sync(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, WriteError) or not is_disk_error(error):
             raise
         raise write_error(path, error) from error
     except BaseException:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -107,17 +107,17 @@ def write_atomically(path: str | Path, content: str | bytes, sync: bool = True) 
     Raises:
         WriteError: the disk is full or cannot be written to; what was there before stays.
     """
-    with new_file(path, sync) as part:
-        part.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+    with new_file(path, sync) as temporary:
+        temporary.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
 
 
-def remove_stale_parts(path: str | Path) -> None:
+def remove_stale_temporaries(path: str | Path) -> None:
     """Remove what new_file left beside a path in processes of this machine that were killed."""
     path = Path(path)
-    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        number = part.name.removeprefix(f"{path.name}.").removesuffix(".part")
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        number = temporary.name.removeprefix(f"{path.name}.").removesuffix(".part")
         if number.isdecimal() and int(number) != os.getpid() and not is_running(int(number)):
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def check_new(path: str | Path | None, suffix: str | None = None) -> None:

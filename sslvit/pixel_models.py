@@ -71,8 +71,8 @@ def sample(
     if complete is None:
         made = sample_images(model, count or 16, found)
     else:
-        part = 0.5 if given is None else given
-        made = complete_images(model, path_of(complete), count or 8, part, draws or 3, found)
+        fraction = 0.5 if given is None else given
+        made = complete_images(model, path_of(complete), count or 8, fraction, draws or 3, found)
     if output is not None:
         made.save(output)
     return made

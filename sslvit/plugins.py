@@ -99,8 +99,8 @@ def find_plugin(key: str, name: str) -> Any | None:
 
 def _find_in_module(key: str, path: str) -> Any:
     module, _, attribute = path.partition(":")
-    parts = module.split(".")
-    if not any(".".join(parts[:length]) in _named for length in range(1, len(parts) + 1)):
+    names = module.split(".")
+    if not any(".".join(names[:length]) in _named for length in range(1, len(names) + 1)):
         raise PluginNeeded(
             f"{key}: {brief(path)} is code outside sslvit. If you trust that module, add --plugin {brief(module)}."
         )

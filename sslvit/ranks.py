@@ -51,9 +51,9 @@ def all_gather(values: Tensor) -> Tensor:
         return values
     home = values.device
     values = values.contiguous().to(_exchange_device(values))
-    parts = [torch.empty_like(values) for _ in range(world_size())]
-    distributed.all_gather(parts, values)
-    return torch.cat(parts).to(home)
+    gathered = [torch.empty_like(values) for _ in range(world_size())]
+    distributed.all_gather(gathered, values)
+    return torch.cat(gathered).to(home)
 
 
 def _exchange_device(values: Tensor) -> torch.device:

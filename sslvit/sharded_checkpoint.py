@@ -60,7 +60,7 @@ def shard_like(full: Tensor, like: DTensor) -> DTensor:
 def write_checkpoint(checkpoint: dict[str, Any], path: Path, last: Path | None = None) -> None:
     """Write a file that is complete or absent.
 
-    Its part has one name, so that the next writer, on whatever machine, writes over what a killed one has left.
+    The temporary file has one name, so that the next writer, on any machine, writes over what a killed one has left.
 
     Args:
         checkpoint: The content.
@@ -71,7 +71,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, last: Path | None =
         RuntimeError: The disk is full or cannot be written to; the previous checkpoint is untouched.
     """
     try:
-        with new_file(path, part=path.with_suffix(".part")) as part, open(part, "wb") as file:
+        with new_file(path, temporary=path.with_suffix(".part")) as temporary, open(temporary, "wb") as file:
             writer = ChecksumWriter(file)
             torch.save(checkpoint, writer)  # type: ignore[arg-type]  # it needs no more than write and flush
             writer.append_checksum()

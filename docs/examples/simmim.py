@@ -58,5 +58,5 @@ class SimMIM(Task):
         loss, tokens = self.loss_fn(images, noise, self.path_noise(batch, step))
         return StepOutput(loss, {"loss": loss}, tokens.mean(1))
 
-    def unused_parts(self) -> tuple[str, ...]:
+    def unused_modules(self) -> tuple[str, ...]:
         return ("fc_norm",)  # nothing is pooled

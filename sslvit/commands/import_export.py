@@ -75,8 +75,8 @@ def run_import(options: ImportOptions) -> None:
     out = Path(options.out)
     destination.check(out, may_overwrite=False)
     encoder = load_encoder(options.checkpoint, options.layout, options.heads, **foreign_overrides(options))
-    part = destination.make_part(out)
-    with destination.complete_or_removed(part):
-        save_encoder(encoder, part, provenance_of(options.checkpoint, options.weights))
-    destination.move_into_place(part, out)
+    temporary = destination.make_part(out)
+    with destination.complete_or_removed(temporary):
+        save_encoder(encoder, temporary, provenance_of(options.checkpoint, options.weights))
+    destination.move_into_place(temporary, out)
     report(options, f"encoder in {out}", {"encoder": str(out)})

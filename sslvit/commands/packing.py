@@ -86,8 +86,8 @@ def run_index(options: IndexShardsOptions) -> None:
 
     folder = Path(options.shards)
     if options.merge:
-        parts = [folder / name for name in ("train", "val") if (folder / name / "packing").is_dir()]
-        made = Packing([finish_packing(part, options.overwrite) for part in parts or [folder]])
+        splits = [folder / name for name in ("train", "val") if (folder / name / "packing").is_dir()]
+        made = Packing([finish_packing(split, options.overwrite) for split in splits or [folder]])
     else:
         made = Packing([index_shards(folder, options.workers, only(IndexOptions, options))])
     report(options, str(made), made.to_dict())

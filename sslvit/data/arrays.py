@@ -191,8 +191,8 @@ def _labels_in(
 
 def _is_label_name(name: str) -> bool:
     """Whether it is called like labels, as y_train and train_labels are."""
-    parts = name.lower().replace("-", "_").split("_")
-    return name.lower() in LABEL_NAMES or any(part in LABEL_NAMES for part in parts)
+    words = name.lower().replace("-", "_").split("_")
+    return name.lower() in LABEL_NAMES or any(word in LABEL_NAMES for word in words)
 
 
 def _label_file(file: Path) -> np.ndarray:

@@ -105,19 +105,19 @@ class Examples:
         """
         named = {number: (str(number), content) for number, content in enumerate(self.contents)}
         reader, samples = MemoryReader(named, channels), np.arange(len(named))
-        parts = [samples[start : start + FILES_AT_ONCE] for start in range(0, len(samples), FILES_AT_ONCE)]
+        batches = [samples[start : start + FILES_AT_ONCE] for start in range(0, len(samples), FILES_AT_ONCE)]
         if self.fits_in_memory(channels, memory_limit_mb):
             with suppress(BadImage):  # then images are decoded one by one, and the others counted
                 decoded = np.stack([decode_pixels(one, channels) for one in self.contents])
                 reader.decoded = rearrange(torch.from_numpy(decoded), "n h w c -> n c h w").contiguous()
-                parts = [np.resize(samples, DECODED_AT_ONCE)] * 8
-                make_batch(reader, views, parts[0], np.zeros_like(parts[0]))  # the first takes memory
+                batches = [np.resize(samples, DECODED_AT_ONCE)] * 8
+                make_batch(reader, views, batches[0], np.zeros_like(batches[0]))  # the first takes memory
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # what is said is a core's
         try:
             done, start = 0, time.perf_counter()
-            for part in parts:
-                done += int(make_batch(reader, views, part, np.zeros_like(part)).valid.sum())
+            for batch in batches:
+                done += int(make_batch(reader, views, batch, np.zeros_like(batch)).valid.sum())
                 if time.perf_counter() - start > DECODED_SECONDS:
                     break
             return done / (time.perf_counter() - start) if done else None

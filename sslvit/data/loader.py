@@ -198,7 +198,7 @@ class TrainingBatches(Dataset[Batch]):
 
     def rows(self, number: int) -> tuple[np.ndarray, np.ndarray, int, list[int] | None]:
         """Samples and epochs of a micro-batch, its first row in the global batch, and the size of its main views."""
-        step, first_row = self._place_of(number)
+        step, first_row = self._step_and_row(number)
         samples, epochs = self.plan.batch(step, first_row, first_row + self.micro)
         if self.is_remote:
             first = self.rank * self.accumulation_steps * self.micro
@@ -210,13 +210,13 @@ class TrainingBatches(Dataset[Batch]):
 
         They are the rows that follow in the global batch, on whichever rank: the same for any number of ranks.
         """
-        step, first_row = self._place_of(number)
+        step, first_row = self._step_and_row(number)
         for distance in range(1, min(MAX_SUBSTITUTES, self.plan.global_batch_size)):
             candidate = (first_row + row + distance) % self.plan.global_batch_size
             (sample,), (epoch,) = self.plan.batch(step, candidate, candidate + 1)
             yield int(sample), int(epoch)
 
-    def _place_of(self, number: int) -> tuple[int, int]:
+    def _step_and_row(self, number: int) -> tuple[int, int]:
         step, micro_step = divmod(number, self.accumulation_steps)
         first_row = (self.rank * self.accumulation_steps + micro_step) * self.micro
         return step, first_row

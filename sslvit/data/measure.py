@@ -84,8 +84,8 @@ def moments_of(pixels: np.ndarray) -> np.ndarray:
     height, width, channels = pixels.shape
     sums = np.zeros((2, channels))
     for start in range(0, height, max(1, ROWS_OF_PIXELS // width)):
-        part = pixels[start : start + max(1, ROWS_OF_PIXELS // width)].reshape(-1, channels) / 255
-        sums += np.stack([part.sum(0, dtype=np.float64), np.square(part).sum(0, dtype=np.float64)])
+        rows = pixels[start : start + max(1, ROWS_OF_PIXELS // width)].reshape(-1, channels) / 255
+        sums += np.stack([rows.sum(0, dtype=np.float64), np.square(rows).sum(0, dtype=np.float64)])
     return sums / (height * width)  # every image counts the same, whatever its size
 
 

@@ -276,8 +276,8 @@ def _select_shards(whole: ShardIndex, names: list[str]) -> ShardIndex | None:
     if (np.diff(numbers) == 1).all():
         records = whole.records[whole.first_of_shard[numbers[0]] : whole.first_of_shard[numbers[-1] + 1]]
     else:
-        parts = [whole.records[whole.first_of_shard[n] : whole.first_of_shard[n + 1]] for n in numbers]
-        records = np.concatenate(parts)
+        of_shards = [whole.records[whole.first_of_shard[n] : whole.first_of_shard[n + 1]] for n in numbers]
+        records = np.concatenate(of_shards)
     return dataclasses.replace(whole, shards=[whole.shards[n] for n in numbers], records=records)
 
 

@@ -91,17 +91,17 @@ class PackJob:
             return finished
         rows: list[tuple[int, int, int]] = []
         skipped: dict[str, str] = {}
-        with new_file(self.folder / shard_name(number)) as part:
-            with TarWriter(part) as tar:
+        with new_file(self.folder / shard_name(number)) as temporary:
+            with TarWriter(temporary) as tar:
                 for position, i in enumerate(numbers):
                     tick(position % 2)  # half of the images are done when all are copied, all when they are measured
                     self._add(tar, i, rows, skipped)
             records = np.array(rows, RECORD)
-            shard = Shard(shard_name(number), len(records), part.stat().st_size, tar.digest.hexdigest())
+            shard = Shard(shard_name(number), len(records), temporary.stat().st_size, tar.digest.hexdigest())
             upright = self.settings.orientation == "upright"
             left = iter(np.diff(np.linspace(len(numbers) // 2, len(numbers), len(records) + 1).astype(int)))
             measured, _ = measure_shard(
-                part, records, self.shards, upright, self.settings.max_pixels, is_checked=True,
+                temporary, records, self.shards, upright, self.settings.max_pixels, is_checked=True,
                 done=lambda: tick(int(next(left))),
             )  # fmt: skip
         report = ShardReport(shard, records, measured, skipped)

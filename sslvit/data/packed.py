@@ -41,8 +41,8 @@ class Packed:
         buffer = torch.empty(0 if is_packed else end, dtype=torch.uint8, device=tensors[0].device)
         packed = cls(buffer.set_(storage) if is_packed else buffer, tuple(layout))
         if not is_packed:
-            for place, tensor in zip(packed.tensors(), tensors, strict=True):
-                place.copy_(tensor)
+            for view, tensor in zip(packed.tensors(), tensors, strict=True):
+                view.copy_(tensor)
         return packed
 
     def tensors(self) -> list[Tensor]:

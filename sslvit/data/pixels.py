@@ -18,7 +18,7 @@ from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalize
 from sslvit.data.views import Views
 from sslvit.figures import plot_palette
-from sslvit.files import remove_stale_parts, write_atomically, write_error
+from sslvit.files import remove_stale_temporaries, write_atomically, write_error
 from sslvit.palette import LEVELS, MAX_ROUNDS, colors_of, fit_palette, nearest_color, squared_error, uniform_palette
 from sslvit.progress import track
 from sslvit.settings.views import CenterSettings
@@ -70,7 +70,7 @@ def make_palette(
     originals = images[:PICTURE_IMAGES]
     quantized = colors_of(nearest_color(originals, palette), palette)
     for path in (picture, out):
-        remove_stale_parts(path)
+        remove_stale_temporaries(path)
     plot_palette(picture, *(((values + 1) / 2).numpy() for values in (palette, originals, quantized)))
     try:
         write_atomically(out, json.dumps(content) + "\n")

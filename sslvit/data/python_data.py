@@ -238,7 +238,7 @@ def takes_datasets(
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            bound, own = signature.bind(*args, **kwargs), []
+            bound, registered = signature.bind(*args, **kwargs), []
             named: dict[str, Any] = bound.arguments
             changes = named.get("changes", {})
             for name in parameters:
@@ -252,12 +252,12 @@ def takes_datasets(
                         index.labels_of(slice(0))  # refuses before anything is done
                     where[name] = index.location
                     if index.location not in _given:  # a callback may score on what its run was given
-                        own.append(index.location)
+                        registered.append(index.location)
                         _given[index.location] = index
             try:
                 return function(*bound.args, **bound.kwargs)
             finally:
-                for name in own:
+                for name in registered:
                     del _given[name]
 
         return call

@@ -94,7 +94,7 @@ def read_labels(source: Samples) -> list[Any]:
 
     chunks = math.ceil(len(source) / CHUNK_SAMPLES)
     workers = None if chunks >= 4 else 1  # starting processes takes longer
-    labels = [one for part in in_parallel(read_chunk, chunks, workers, "labels", len(source)) for one in part]
+    labels = [one for chunk in in_parallel(read_chunk, chunks, workers, "labels", len(source)) for one in chunk]
     first = next((label for label in labels if label is not None), None)
     return [first if label is None else label for label in labels]
 

@@ -18,7 +18,7 @@ CHECKED_BYTES = 64 * 2**20  # up to this length index.npy is compared with its c
 
 def save_records(file: Path, records: np.ndarray) -> None:
     """Write records whole or not at all; numpy's own way says nothing of a full disk."""
-    with new_file(file) as part, open(part, "wb") as out:
+    with new_file(file) as temporary, open(temporary, "wb") as out:
         np.lib.format.write_array_header_1_0(out, np.lib.format.header_data_from_array_1_0(records))
         out.write(np.ascontiguousarray(records).data)
 

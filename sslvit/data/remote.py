@@ -166,17 +166,17 @@ class ShardCache:
     def _download(
         self, address: str, path: Path, size: int | None, sha256: str | None, max_bytes: int | None = None
     ) -> None:
-        part = path.with_name(path.name + ".part")
+        partial = path.with_name(path.name + ".part")
         if size is None:
-            part.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         limit = self.room.limit if size is not None else MAX_INDEX_BYTES.get(_name_of(address), self.room.limit)
         remote = RemoteFile(address, size, min(limit, max_bytes or limit), self.timeout, self.min_rate)
         failures = damages = 0
-        reached, since = _length(part), time.monotonic()
+        reached, since = _length(partial), time.monotonic()
         while True:
             try:
-                self._transfer(remote, part)
-                self._check(part, size, sha256)
+                self._transfer(remote, partial)
+                self._check(partial, size, sha256)
                 break
             except Gone:
                 raise
@@ -189,9 +189,9 @@ class ShardCache:
                     ) from error
                 problem, wait, now, restart = str(error), 0.0, 0, True
             except TryAgain as error:
-                problem, wait, now, restart = str(error), error.wait_seconds, _length(part), error.restart
+                problem, wait, now, restart = str(error), error.wait_seconds, _length(partial), error.restart
             if restart or (sha256 is None and not remote.version):  # it could not be told what the parts belong to
-                part.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
             gained = now - reached
             has_progress = gained > 0 and gained >= self.min_rate * (time.monotonic() - since)
             reached, since = max(reached, now), time.monotonic()
@@ -203,40 +203,40 @@ class ShardCache:
                 )
             time.sleep(self._wait(failures, wait))
         with disk_errors_named(path):
-            with open(part, "rb") as file:
+            with open(partial, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(part, path)
+            os.replace(partial, path)
 
-    def _check(self, part: Path, size: int | None, sha256: str | None) -> None:
+    def _check(self, partial: Path, size: int | None, sha256: str | None) -> None:
         """Raise BadImage for a file that is not the one of the index."""
-        length = part.stat().st_size
+        length = partial.stat().st_size
         if size is not None and length != size:  # though the server says that this is all
             raise BadImage(f"{length} bytes instead of {size}")
-        if sha256 is not None and sha256_of(part) != sha256:
+        if sha256 is not None and sha256_of(partial) != sha256:
             raise BadImage("its bytes do not have the checksum in index.json")
 
-    def _transfer(self, remote: RemoteFile, part: Path) -> None:
+    def _transfer(self, remote: RemoteFile, partial: Path) -> None:
         """Append to what is there already, to the end of the file.
 
         Raises:
             WriteError: this machine's disk is full or cannot be written to; no other try would help.
         """
-        start = _length(part)
+        start = _length(partial)
         if remote.size is not None and start > remote.size:
-            part.unlink()
+            partial.unlink()
             start = 0
         if remote.size is not None and start == remote.size and start:
             return
         chunks = remote.chunks(start)
         first = next(chunks, None)  # before the file is opened: what is there stays if there is no answer
         try:
-            with disk_errors_named(part):
-                file = open(part, "r+b" if start else "wb")  # noqa: SIM115 closed below, where errors are the disk's
+            with disk_errors_named(partial):
+                file = open(partial, "r+b" if start else "wb")  # noqa: SIM115 closed below, where errors are the disk's
             try:
                 end = -1
                 while first is not None:
                     position, chunk = first
-                    with disk_errors_named(part):
+                    with disk_errors_named(partial):
                         if position != end:
                             file.seek(position)
                             file.truncate()
@@ -244,10 +244,10 @@ class ShardCache:
                     end = position + len(chunk)
                     first = next(chunks, None)
             finally:
-                with disk_errors_named(part):
+                with disk_errors_named(partial):
                     file.close()
         except WriteError:
-            part.unlink(missing_ok=True)  # a full disk is in the way of others too
+            partial.unlink(missing_ok=True)  # a full disk is in the way of others too
             raise
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sslvit.evaluate.sources import FeatureTable, LabeledSet, Readout, Source
-from sslvit.files import cache_folder, new_file, remove_stale_parts
+from sslvit.files import cache_folder, new_file, remove_stale_temporaries
 from sslvit.settings.views import ViewSettings
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,6 @@ def _name(readout: Readout) -> str:
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    remove_stale_parts(path)
-    with new_file(path, sync=False) as part:  # what a power cut damages counts as not there
-        save_file(tensors, part)
+    remove_stale_temporaries(path)
+    with new_file(path, sync=False) as temporary:  # what a power cut damages counts as not there
+        save_file(tensors, temporary)

@@ -224,4 +224,4 @@ def _fit_on(
         weights.append(labeled)
         of_batch = is_held_out[number * maps_of.batch :][: len(masks)]
         held_out.append(of_batch.repeat_interleave(labeled.numel() // len(masks)) & (labeled > 0))
-    return fit_head(*(torch.cat(parts).to(maps_of.device) for parts in (values, targets, weights, held_out)))
+    return fit_head(*(torch.cat(batches).to(maps_of.device) for batches in (values, targets, weights, held_out)))

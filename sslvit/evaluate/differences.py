@@ -71,11 +71,11 @@ def verdicts(found: list[Difference]) -> list[str]:
     sentences = []
     for row in dict.fromkeys(one.row for one in found):
         of_row = [one for one in found if one.row == row]
-        parts = {
+        by_verdict = {
             "better in": [one for one in of_row if one.is_beyond and one.points > 0],
             "worse in": [one for one in of_row if one.is_beyond and one.points < 0],
             "no difference beyond its 95 % interval in": [one for one in of_row if not one.is_beyond],
         }
-        said = "; ".join(f"{words} {', '.join(map(str, ones))}" for words, ones in parts.items() if ones)
+        said = "; ".join(f"{words} {', '.join(map(str, ones))}" for words, ones in by_verdict.items() if ones)
         sentences.append(f"{printable(row)} against {printable(of_row[0].against)}, image by image: {said}")
     return sentences

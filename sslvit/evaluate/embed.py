@@ -12,7 +12,7 @@ import numpy as np
 from sslvit.data.loader import center_view
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.sources import LabeledSet, Readout, Source, view_in_words
-from sslvit.files import new_file, remove_stale_parts
+from sslvit.files import new_file, remove_stale_temporaries
 from sslvit.results import Result
 
 
@@ -63,8 +63,8 @@ class Embeddings(Result):
         arrays: dict[str, np.ndarray] = {"features": self.features, "keys": self.keys}
         if self.labels is not None:
             arrays |= {"labels": self.labels, "classes": np.array(self.classes)}
-        remove_stale_parts(file)
-        with new_file(file) as part, part.open("wb") as out:
+        remove_stale_temporaries(file)
+        with new_file(file) as temporary, temporary.open("wb") as out:
             np.savez(out, **arrays)  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle
         self.path = file
 

@@ -61,7 +61,7 @@ def fit_logistic(
     target = target / target.sum(0).clamp(min=1e-12)  # the gradient needs sums of 1 to the last digit
     penalty = l2[:, None, None] * torch.cat([values.new_ones(width), values.new_zeros(1)])
     theta = values.new_zeros(problems, classes * (width + 1))
-    rough = PenalizedLoss(*(part.float() for part in (extended, target, row_weight, penalty)))
+    rough = PenalizedLoss(*(tensor.float() for tensor in (extended, target, row_weight, penalty)))
     theta, steps, _ = minimize(rough, theta.float(), max_iterations, tolerance.clamp(min=ROUGH).float(), [])
     theta = theta.double()
     exact = PenalizedLoss(extended, target, row_weight, penalty)
@@ -152,7 +152,7 @@ def minimize(
             if not is_open.any():
                 break
             objective = objective.only(is_open)
-            theta, value, gradient, tolerance = (part[is_open] for part in (theta, value, gradient, tolerance))
+            theta, value, gradient, tolerance = (tensor[is_open] for tensor in (theta, value, gradient, tolerance))
             steps, rows = [(s[is_open], change[is_open], w[is_open]) for s, change, w in steps], rows[is_open]
             inverse = inverse[is_open]
         if iteration % REFRESH == 0:  # along the covariance's axes the curvature is nearly diagonal
@@ -193,9 +193,9 @@ def principal_axes(values: Float[Tensor, "n d"]) -> Float[Tensor, "d m"]:
     return torch.linalg.eigh(some.T @ some / len(some)).eigenvectors
 
 
-def _spread(part: Float[Tensor, "open *k"], rows: Int[Tensor, "open"], every: Float[Tensor, "p m"]) -> Tensor:
+def _spread(values: Float[Tensor, "open *k"], rows: Int[Tensor, "open"], every: Float[Tensor, "p m"]) -> Tensor:
     """Rows of some problems among those of every one, whose others are 0."""
-    return part.new_zeros(len(every), *part.shape[1:]).index_copy_(0, rows, part)
+    return values.new_zeros(len(every), *values.shape[1:]).index_copy_(0, rows, values)
 
 
 def _quasi_newton(gradient: Tensor, inverse: Tensor, steps: list[Step]) -> Tensor:

@@ -42,10 +42,10 @@ class MaskedImages:
             ValueError: no images, or images without a mask.
         """
         folder = Path(folder)
-        for part in ("images", "masks"):
-            if not (folder / part).is_dir():
+        for name in ("images", "masks"):
+            if not (folder / name).is_dir():
                 raise FileNotFoundError(
-                    f"{folder / part}: no such folder. Put NAME.jpg in images/, NAME.png in masks/."
+                    f"{folder / name}: no such folder. Put NAME.jpg in images/, NAME.png in masks/."
                 )
         images = sorted(file for file in (folder / "images").iterdir() if file.suffix.lower() in SUFFIXES)
         masks = [folder / "masks" / f"{file.stem}.png" for file in images]

@@ -57,15 +57,15 @@ class ProbeTable(Result):
     def heading(self) -> str:
         """What stands above the table: data, views and protocol."""
         about = self.about
-        skipped = {part: f" ({about[f'{part}_unreadable']:,} cannot be read)" if about[f"{part}_unreadable"] else ""
-                   for part in ("train", "val")}  # fmt: skip
+        skipped = {split: f" ({about[f'{split}_unreadable']:,} cannot be read)" if about[f"{split}_unreadable"] else ""
+                   for split in ("train", "val")}  # fmt: skip
         last = list(about["probed"].values())[-1]
         linear = last.get("linear", {})
-        has_own_views = "fraction" in linear  # a paper's protocol says its own below
+        has_protocol_views = "fraction" in linear  # a paper's protocol says its own below
         lines = [
             f"Top-1 accuracy (%) on {about['val_images']:,} images{skipped['val']} of {about['val']}",
             f"(heads fitted on {about['train_images']:,}{skipped['train']} of {about['train']})",
-            f"each image{', of few labels and kNN' if has_own_views else ''}: {about['view']}"
+            f"each image{', of few labels and kNN' if has_protocol_views else ''}: {about['view']}"
             + ("" if about["precision"] == "float32" else f"; features computed in {about['precision']}"),
         ]
         networks = {row: of["network"] for row, of in about["probed"].items() if "network" in of}

@@ -333,16 +333,16 @@ def describe_readouts(readouts: list[Readout]) -> str:
     by_pooling: dict[str, list[int]] = {}
     for layer, pooling in readouts:
         by_pooling.setdefault(pooling, []).append(layer)
-    parts = []
+    phrases = []
     for pooling, layers in by_pooling.items():
         if pooling == "pixels":
-            parts.append("pixels")
+            phrases.append("pixels")
         elif pooling == OUTPUT:
-            parts.append("the network's output")
+            phrases.append("the network's output")
         else:
             where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-            parts.append(f"{where}, {pooling} pooling")
-    return " + ".join(parts)
+            phrases.append(f"{where}, {pooling} pooling")
+    return " + ".join(phrases)
 
 
 def _with_class(source: Source, pooling: str) -> str:

@@ -97,8 +97,8 @@ class HeadGrid:
             values, labels = batch.values.to(device), batch.labels.to(device)
             target = F.one_hot(labels, self.classes).to(values)[:, None]
             lr = lrs * factor_at(step)
-            for weight, bias, buffer, part in zip(self.weight, self.bias, self.momentum_buffer, columns, strict=True):
-                x = values[:, part]
+            for weight, bias, buffer, column in zip(self.weight, self.bias, self.momentum_buffer, columns, strict=True):
+                x = values[:, column]
                 logits = torch.addmm(bias, x, weight.T).view(len(x), -1, self.classes)
                 residual = logits.softmax(2).sub_(target).flatten(1)  # b (lrs classes)
                 buffer[0].mul_(momentum).addmm_(residual.T, x, alpha=1 / len(x))

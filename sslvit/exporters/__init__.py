@@ -91,7 +91,7 @@ EXPORTERS: dict[str, Exporter] = {
     "timm": timm, "transformers": transformers, "onnx": onnx, "torch": torch, "safetensors": safetensors,
 }  # fmt: skip
 
-EXPORTER_PARTS = ("check", "write", "reopen", "weights", "usage")
+EXPORTER_FUNCTIONS = ("check", "write", "reopen", "weights", "usage")
 
 
 def find_exporter(name: str) -> Exporter:
@@ -101,7 +101,7 @@ def find_exporter(name: str) -> Exporter:
     exporter: Exporter | None = find_plugin("--format", name)
     if exporter is None:
         raise ValueError(f"--format {name}: not one of {', '.join(EXPORTERS)}.")
-    if missing := [part for part in EXPORTER_PARTS if not hasattr(exporter, part)]:
+    if missing := [function for function in EXPORTER_FUNCTIONS if not hasattr(exporter, function)]:
         raise ValueError(f"--format {name}: not an exporter (no {', '.join(missing)}; see sslvit.exporters.Exporter).")
     return exporter
 
@@ -152,40 +152,42 @@ def export_encoder(
     exported = with_outputs(encoder, source, outputs, weights)
     known_scores(source, files, exported.encoder)
     is_fixed = exporter.check(exported, size)
-    part = destination.make_part(out)
+    temporary = destination.make_part(out)
     verdict: dict[str, Any] = {"format": kind, "outputs": outputs, "image_sizes": "fixed" if is_fixed else "any"}
-    with complete_or_removed(part), quiet_libraries():
-        failure = _write_and_verify(exporter, exported, part, is_fixed, verdict)
+    with complete_or_removed(temporary), quiet_libraries():
+        failure = _write_and_verify(exporter, exported, temporary, is_fixed, verdict)
         verdict["passed"] = not failure
-        verdict["files"] = sorted([*(path.name for path in part.iterdir() if path.name != IN_PROGRESS), VERDICT, *CARD])
-        (part / VERDICT).write_text(to_json(verdict, indent=1) + "\n")
+        written = (path.name for path in temporary.iterdir() if path.name != IN_PROGRESS)
+        verdict["files"] = sorted([*written, VERDICT, *CARD])
+        (temporary / VERDICT).write_text(to_json(verdict, indent=1) + "\n")
         if failure:
-            raise RuntimeError(f"{out}: not written, because {failure}; what was tried is in {part}.")
+            raise RuntimeError(f"{out}: not written, because {failure}; what was tried is in {temporary}.")
         card = make_card(exported, source, kind, is_fixed, files, license)
-        write_card(card, verdict, exporter.usage(exported, is_fixed), part, out.name)
-    destination.move_into_place(part, out)
+        write_card(card, verdict, exporter.usage(exported, is_fixed), temporary, out.name)
+    destination.move_into_place(temporary, out)
     return verdict
 
 
 def _write_and_verify(
-    exporter: Exporter, exported: Exported, part: Path, is_fixed: bool, verdict: dict[str, Any]
+    exporter: Exporter, exported: Exported, temporary: Path, is_fixed: bool, verdict: dict[str, Any]
 ) -> str:
     """Write, reopen and compare; the verdict receives the results. Returns why it failed, empty if it did not."""
     try:
         for stage in track(("write", "reopen", "compare"), "exporting", 3, "stages"):
             if stage == "write":
-                exporter.write(exported, part, is_fixed)
+                exporter.write(exported, temporary, is_fixed)
             elif stage == "reopen":
-                reopened = exporter.reopen(part, exported)
+                reopened = exporter.reopen(temporary, exported)
             else:
                 inputs = verify.check_inputs(exported.settings, is_fixed)
                 verdict |= verify.compare(exported, reopened, inputs)
-        verdict["weights"] = verify.compare_weights(*exporter.weights(part, exported))
+        verdict["weights"] = verify.compare_weights(*exporter.weights(temporary, exported))
         if isinstance(exporter, FoldsWeights) and exported.settings.layer_scale is not None:
-            rescaled = exporter.reopen_with_unit_scale(part, exported)
+            rescaled = exporter.reopen_with_unit_scale(temporary, exported)
             verdict["unit_layer_scale"] = verify.compare(verify.with_unit_scale(exported), rescaled, inputs)
         if isinstance(exporter, Preprocesses) and exported.settings.channels in verify.IMAGE_CHANNELS:
-            verdict["preprocessing"] = verify.compare_preprocessing(exported, exporter.preprocessing(part, exported))
+            preprocessing = exporter.preprocessing(temporary, exported)
+            verdict["preprocessing"] = verify.compare_preprocessing(exported, preprocessing)
     except Exception as error:  # of another library: it may raise anything
         if is_write_failure(error):
             raise

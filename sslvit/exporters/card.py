@@ -105,14 +105,14 @@ def hub_header(card: dict[str, Any], name: str) -> dict[str, Any]:
     return header
 
 
-def _hub_result(content: dict[str, Any], own: str) -> dict[str, Any] | None:
+def _hub_result(content: dict[str, Any], fingerprint: str) -> dict[str, Any] | None:
     """This encoder's scores of one file, as the Hub lists them; None where the file does not name it."""
     about = content.get("about")
     data = content.get("val") or (about.get("val") if isinstance(about, dict) else None)
     if isinstance(top1 := content.get("top1"), float):
         scores = {"top-1 accuracy": [top1]}
     else:
-        rows = [row for row, value in fingerprints_in(content).items() if value == own]
+        rows = [row for row, value in fingerprints_in(content).items() if value == fingerprint]
         scores = read_scores(content.get("rows")).get(rows[0], {}) if rows else {}
     if not scores or not isinstance(data, str):
         return None
@@ -187,7 +187,7 @@ def _numbers(values: list[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _scores(file: str, content: dict[str, Any], own: str) -> list[str]:
+def _scores(file: str, content: dict[str, Any], fingerprint: str) -> list[str]:
     """The scores of one file as lines: a table if it has rows, with a line on which of them is this encoder's."""
     top1, images = content.get("top1"), content.get("images")
     if isinstance(top1, float) and isinstance(images, int):
@@ -196,7 +196,7 @@ def _scores(file: str, content: dict[str, Any], own: str) -> list[str]:
     if not table:
         return [f"- {markdown_text(file)}: {markdown_text(json.dumps(content))}"]
     named = fingerprints_in(content)
-    mine = [markdown_text(row) for row, value in named.items() if value == own]
+    mine = [markdown_text(row) for row, value in named.items() if value == fingerprint]
     whose = f"this encoder is the row {', '.join(mine)}." if mine else "the file does not name its encoder."
     about = content.get("about")
     about = about if isinstance(about, dict) else {}

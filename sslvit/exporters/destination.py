@@ -28,19 +28,19 @@ def is_write_failure(error: BaseException) -> bool:
 
 
 @contextmanager
-def complete_or_removed(part: Path) -> Iterator[None]:
+def complete_or_removed(temporary: Path) -> Iterator[None]:
     """Remove a folder if the disk fails, or the process is told to stop, while the block writes it."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_write_failure(error):
             raise
-        shutil.rmtree(part, ignore_errors=True)
-        raise error if isinstance(error, WriteError) else write_error(part, error) from error
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise error if isinstance(error, WriteError) else write_error(temporary, error) from error
     except Exception:  # a failed comparison: what was written stays, to be looked at
         raise
     except BaseException:  # told to stop
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -67,31 +67,31 @@ def check(out: Path, overwrite: bool = False, may_overwrite: bool = True) -> Non
 
 def make_part(out: Path) -> Path:
     """An empty folder beside the destination, in the place of what a failed export left there."""
-    part = out.with_name(f"{out.name}.part")
-    is_leftover = part.is_dir() and (
-        (part / IN_PROGRESS).exists() or (part / VERDICT).exists() or not any(part.iterdir())
+    temporary = out.with_name(f"{out.name}.part")
+    is_leftover = temporary.is_dir() and (
+        (temporary / IN_PROGRESS).exists() or (temporary / VERDICT).exists() or not any(temporary.iterdir())
     )
-    if part.is_symlink() or (part.exists() and not is_leftover):
-        raise ValueError(f"{part}: in the way, and not of an earlier export. Move it, or choose another name.")
+    if temporary.is_symlink() or (temporary.exists() and not is_leftover):
+        raise ValueError(f"{temporary}: in the way, and not of an earlier export. Move it, or choose another name.")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(f"{part}: cannot be made ({error.strerror}). Choose another folder.") from error
-    with complete_or_removed(part):
-        (part / IN_PROGRESS).write_text("an export is being written here; the folder may be deleted\n")
-    return part
+        raise ValueError(f"{temporary}: cannot be made ({error.strerror}). Choose another folder.") from error
+    with complete_or_removed(temporary):
+        (temporary / IN_PROGRESS).write_text("an export is being written here; the folder may be deleted\n")
+    return temporary
 
 
-def move_into_place(part: Path, out: Path) -> None:
+def move_into_place(temporary: Path, out: Path) -> None:
     """Give a finished folder its name; files that others put into an earlier export move over.
 
     The earlier one is renamed first and deleted last, so that nothing of it is lost if this process is killed.
     """
-    (part / IN_PROGRESS).unlink()
+    (temporary / IN_PROGRESS).unlink()
     if out.exists():
         out.rename(_replaced(out))
-    part.rename(out)
+    temporary.rename(out)
     _finish_replacement(out)
 
 

@@ -77,8 +77,8 @@ def state_with_table(encoder: ViTEncoder, rows: int, outputs: str) -> dict[str, 
     if rows < len(prefix):
         tokens = torch.cat([state[name] for name in names], 1).clone()
         tokens[0, rows : len(prefix)] += prefix[rows:]
-        parts = tokens.split([state[name].shape[1] for name in names], 1)
-        state |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+        pieces = tokens.split([state[name].shape[1] for name in names], 1)
+        state |= {name: piece.contiguous() for name, piece in zip(names, pieces, strict=True)}
     first = torch.cat([prefix[:rows], prefix.new_zeros(max(rows - len(prefix), 0), settings.width)])
     state["pos_embed"] = torch.cat([first, patches])[None].detach()
     return state

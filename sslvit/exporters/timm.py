@@ -40,7 +40,7 @@ def model_arguments(exported: Exported) -> dict[str, Any]:
     settings, outputs = exported.settings, exported.outputs
     is_pooled = outputs != "tokens"
     fc_norm = settings.fc_norm and is_pooled
-    own: dict[str, Any]
+    of_class: dict[str, Any]
     if plain_vit.is_dinov3(settings):
         plain_vit.refuse_options("timm's DINOv3", {
             **plain_vit.unsupported_options(settings, outputs),
@@ -49,7 +49,7 @@ def model_arguments(exported: Exported) -> dict[str, Any]:
             "bias: false": not settings.bias,
             "key_bias: true": settings.key_bias,
         })  # fmt: skip
-        own = {
+        of_class = {
             "swiglu_mlp": settings.mlp == "swiglu", "swiglu_align_to": 8, "num_reg_tokens": settings.registers,
             "use_fc_norm": fc_norm, "use_post_transformer_norm": settings.final_norm,
         }  # fmt: skip
@@ -60,7 +60,7 @@ def model_arguments(exported: Exported) -> dict[str, Any]:
             f"mlp: {settings.mlp}": settings.mlp != "gelu",
             "both final_norm and fc_norm": settings.final_norm and fc_norm,
         })  # fmt: skip
-        own = {
+        of_class = {
             "qkv_bias": settings.bias, "proj_bias": settings.bias, "reg_tokens": settings.registers,
             "no_embed_class": prefix_rows(settings) < max(settings.prefix, 1),
             "pos_embed": "none" if settings.pos_embed == "none" else "learn",
@@ -72,7 +72,7 @@ def model_arguments(exported: Exported) -> dict[str, Any]:
         "mlp_ratio": exact_ratio(settings.width, settings.mlp_width), "qk_norm": settings.qk_norm,
         "init_values": settings.layer_scale, "class_token": settings.class_token, "dynamic_img_size": True,
         "global_pool": {"class": "token", "mean": "avg"}[settings.pooling] if is_pooled else "",
-        "num_classes": 0 if exported.head is None else exported.head.out_features, **own,
+        "num_classes": 0 if exported.head is None else exported.head.out_features, **of_class,
     }  # fmt: skip
 
 

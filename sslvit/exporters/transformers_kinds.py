@@ -70,7 +70,7 @@ def arguments(kind: str, settings: EncoderSettings, outputs: str) -> dict[str, A
             "use_gated_mlp": is_gated, "hidden_act": "silu" if is_gated else "gelu",
             "num_register_tokens": registers, "rope_theta": dinov3.BASE,
             "key_bias": settings.key_bias and settings.bias,
-            **{f"{part}_bias": settings.bias for part in ("query", "value", "proj", "mlp")},
+            **{f"{layer}_bias": settings.bias for layer in ("query", "value", "proj", "mlp")},
         }  # fmt: skip
     head = {"vision_use_head": is_pooled and has_head} if is_siglip else {}
     return found | head | {"hidden_act": ACTIVATIONS[settings.mlp]}

@@ -72,8 +72,8 @@ def to_sslvit(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
     state = {key.removeprefix("vision_model."): value for key, value in state.items()}
     state, extras = split_by_prefix(state, OTHERS)
     ignored = [key for key in state if key in BUFFERS]
-    own, pool = split_by_prefix(state, (*BUFFERS, "head.probe", "head.attention.in_proj"))
-    encoder, unknown = rename(own, NAMES | HEAD, BLOCK)
+    tower, pool = split_by_prefix(state, (*BUFFERS, "head.probe", "head.attention.in_proj"))
+    encoder, unknown = rename(tower, NAMES | HEAD, BLOCK)
     encoder |= unknown  # refused where they are loaded
     for key, ndim in (("cls_token", 1), ("pos_embed", 2)):
         if key in encoder and encoder[key].ndim == ndim:
@@ -95,8 +95,8 @@ def _pool_query(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def from_sslvit(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our encoder under the names of a vision tower; the projection of its pool's query is the identity."""
-    own, _ = split_by_prefix(encoder, ("attn_pool.query", "attn_pool.kv."))
-    found = rename_back(own, NAMES | HEAD, BLOCK, "encoder.layers", THIRDS)
+    tower, _ = split_by_prefix(encoder, ("attn_pool.query", "attn_pool.kv."))
+    found = rename_back(tower, NAMES | HEAD, BLOCK, "encoder.layers", THIRDS)
     if "cls_token" in encoder:
         found["embeddings.class_embedding"] = encoder["cls_token"].flatten()
     found["embeddings.position_embedding.weight"] = encoder["pos_embed"][0]

@@ -92,7 +92,7 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert to the released files' names, without the periods, which have no weights."""
     found: dict[str, Tensor] = {}
-    for key, value in _parts(encoder, RELEASED_GATED, RELEASED_BLOCK if is_gated(encoder) else {}).items():
+    for key, value in _split_and_rename(encoder, RELEASED_GATED, RELEASED_BLOCK if is_gated(encoder) else {}).items():
         found[rename_prefix(key, inverted(RELEASED))] = value.view(1, -1) if key == "mask_token" else value
         if key.endswith("attn.qkv.bias") and not has_key_bias(encoder):
             found[f"{key}_mask"] = _mask_like(value)
@@ -102,12 +102,12 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
 def to_timm(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert to timm's names, which have no mask token and no bias of the keys."""
     found: dict[str, Tensor] = {}
-    for key, value in _parts(encoder, TIMM_GATED, TIMM_BLOCK).items():
+    for key, value in _split_and_rename(encoder, TIMM_GATED, TIMM_BLOCK).items():
         if key.endswith("attn.qkv.bias"):
             query, _, value_bias = value.chunk(3)
             found |= {
-                key.replace("attn.qkv.bias", name): part.contiguous()
-                for name, part in zip(TIMM_BIAS[::2], (query, value_bias), strict=True)
+                key.replace("attn.qkv.bias", name): piece.contiguous()
+                for name, piece in zip(TIMM_BIAS[::2], (query, value_bias), strict=True)
             }
         elif key != "mask_token":
             found[key] = value
@@ -121,8 +121,8 @@ def to_transformers(encoder: dict[str, Tensor], key_bias: bool) -> dict[str, Ten
     """
     block = TRANSFORMERS_BLOCK | ({} if is_gated(encoder) else {f"{TRANSFORMERS_GATED[1]}.": "mlp.fc1."})
     registers = {"reg_token": torch.zeros(1, 0, encoder["norm.weight"].shape[0])}
-    parts = _parts(registers | with_neutral(encoder), TRANSFORMERS_GATED, {})
-    found = rename_back(parts, TRANSFORMERS, block, "layer", QKV)
+    renamed = _split_and_rename(registers | with_neutral(encoder), TRANSFORMERS_GATED, {})
+    found = rename_back(renamed, TRANSFORMERS, block, "layer", QKV)
     return {key: value for key, value in found.items() if key_bias or not key.endswith(f"{QKV[1]}.bias")}
 
 
@@ -178,19 +178,19 @@ def _join_block(found: dict[str, Tensor], block: str, with_key_bias: bool) -> No
 
 def _join(found: dict[str, Tensor], block: str, names: list[str], ours: str, can_lack_keys: bool = False) -> None:
     """Put the parts of one tensor together; with `can_lack_keys` a missing second part is zero."""
-    parts = [found.pop(block + name, None) for name in names]
-    if all(part is None for part in parts):
+    pieces = [found.pop(block + name, None) for name in names]
+    if all(piece is None for piece in pieces):
         return
-    if names[1].startswith(TRANSFORMERS_GATED[1]) and parts[0] is None:
-        parts = parts[1:]  # its MLP without a gate
-    if can_lack_keys and parts[1] is None and parts[0] is not None:
-        parts[1] = torch.zeros_like(parts[0])
-    if lacking := [name for name, part in zip(names, parts, strict=False) if part is None]:
+    if names[1].startswith(TRANSFORMERS_GATED[1]) and pieces[0] is None:
+        pieces = pieces[1:]  # its MLP without a gate
+    if can_lack_keys and pieces[1] is None and pieces[0] is not None:
+        pieces[1] = torch.zeros_like(pieces[0])
+    if lacking := [name for name, piece in zip(names, pieces, strict=False) if piece is None]:
         raise KeyError(block + lacking[0])
-    found[block + ours] = torch.cat([part for part in parts if part is not None])
+    found[block + ours] = torch.cat([piece for piece in pieces if piece is not None])
 
 
-def _parts(encoder: dict[str, Tensor], gated: tuple[str, str], names: dict[str, str]) -> dict[str, Tensor]:
+def _split_and_rename(encoder: dict[str, Tensor], gated: tuple[str, str], names: dict[str, str]) -> dict[str, Tensor]:
     """Weights whose blocks have another layout's names, a gated first map in two parts."""
     found: dict[str, Tensor] = {}
     for key, value in encoder.items():
@@ -200,8 +200,8 @@ def _parts(encoder: dict[str, Tensor], gated: tuple[str, str], names: dict[str, 
         _, number, name = key.split(".", 2)
         if name.startswith("mlp.fc1.") and is_gated(encoder):
             kind = name.rsplit(".", 1)[1]
-            for part, half in zip(gated, value.chunk(2), strict=True):
-                found[f"blocks.{number}.{part}.{kind}"] = half.contiguous()
+            for name_of_half, half in zip(gated, value.chunk(2), strict=True):
+                found[f"blocks.{number}.{name_of_half}.{kind}"] = half.contiguous()
         else:
             found[f"blocks.{number}.{rename_prefix(name, inverted(names))}"] = value
     return found

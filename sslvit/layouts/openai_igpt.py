@@ -54,7 +54,7 @@ def from_tensorflow(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int, l
     Queries, keys and values are stored (heads, channels of a head, width), as is the projection behind them.
     """
     state = {plain_name(key): value for key, value in state.items()}
-    ignored = [key for key in state if any(part in key.lower() for part in NOT_WEIGHTS)]
+    ignored = [key for key in state if any(word in key.lower() for word in NOT_WEIGHTS)]
     state = {key: value for key, value in state.items() if key not in ignored}
     width = state["wte"].shape[1]
     found = {
@@ -66,7 +66,7 @@ def from_tensorflow(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int, l
     heads = state["h0/attn/q_proj"].shape[0]
     for key, value in state.items():
         if match := re.fullmatch(r"h(\d+)/attn/q_proj", key):
-            parts = [state[f"h{match[1]}/attn/{part}_proj"].reshape(width, width) for part in "qkv"]
+            parts = [state[f"h{match[1]}/attn/{word}_proj"].reshape(width, width) for word in "qkv"]
             found[f"h.{match[1]}.attn.c_attn.weight"] = torch.cat(parts).T
         elif match := re.fullmatch(r"h(\d+)/attn/c_proj", key):
             found[f"h.{match[1]}.attn.c_proj.weight"] = value.reshape(width, width)

@@ -68,8 +68,8 @@ def guess_from_file_name(
 ) -> tuple[dict[str, Any], str]:
     """Preprocessing of weights whose path may contain the name of one of timm's models, and a line on its origin."""
     origin, found = "", dict[str, Any]()
-    for part in reversed(Path(source).parts):
-        name = re.sub(r"\.(pth|pt|bin|safetensors|npz|ckpt|tar)$", "", part)
+    for name in reversed(Path(source).parts):
+        name = re.sub(r"\.(pth|pt|bin|safetensors|npz|ckpt|tar)$", "", name)
         if TIMM_NAME.match(name) and (config := _config_of_timm(name)):
             found, _ = from_timm(config, [image_size, image_size], name)
             origin = f"as timm's {printable(name, 60)}"

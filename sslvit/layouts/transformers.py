@@ -91,7 +91,7 @@ def to_transformers(encoder: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """
     is_dinov2 = kind.startswith("dinov2")
     block = BLOCK | (VIT_BLOCK if not is_dinov2 else GATED if is_gated(encoder) else {})
-    thirds = [f"attention.attention.{part}" for part in ("query", "key", "value")]
+    thirds = [f"attention.attention.{name}" for name in ("query", "key", "value")]
     found = rename_back(with_neutral(encoder) if is_dinov2 else encoder, NAMES, block, "encoder.layer", thirds)
     if is_dinov2:
         return found | {"embeddings.mask_token": found["embeddings.mask_token"].view(1, -1)}
@@ -119,8 +119,8 @@ def rename_back(
             continue
         _, number, name = key.split(".", 2)
         if name.startswith("attn.qkv."):
-            for part, third in zip(thirds, value.chunk(3), strict=True):
-                found[f"{layers}.{number}.{part}.{name.rsplit('.', 1)[1]}"] = third.contiguous()
+            for module, third in zip(thirds, value.chunk(3), strict=True):
+                found[f"{layers}.{number}.{module}.{name.rsplit('.', 1)[1]}"] = third.contiguous()
         else:
             found[f"{layers}.{number}.{rename_prefix(name, inverted(block))}"] = value
     return found
@@ -150,11 +150,11 @@ def rename(
             pieces.setdefault(f"blocks.{number}.{ours}.{piece[4]}", {})[piece[1] or piece[2] or piece[3]] = value
         else:
             encoder[f"blocks.{number}.{rename_prefix(name, block)}"] = value
-    for key, parts in pieces.items():
-        order = next(names for names in PIECES[".".join(key.split(".")[2:4])] if parts.keys() & set(names))
-        if missing := [name for name in order if name not in parts]:
+    for key, by_name in pieces.items():
+        order = next(names for names in PIECES[".".join(key.split(".")[2:4])] if by_name.keys() & set(names))
+        if missing := [name for name in order if name not in by_name]:
             raise KeyError(f"{', '.join(missing)} of {key}")
-        encoder[key] = torch.cat([parts[name] for name in order])
+        encoder[key] = torch.cat([by_name[name] for name in order])
     return encoder, extras
 
 

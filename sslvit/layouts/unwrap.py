@@ -114,21 +114,21 @@ def prefixes_of(names: dict[str, Any], anchors: tuple[str, ...] = ANCHORS) -> li
 def shared_prefix(names: set[str]) -> str:
     """The longest prefix of whole parts that all names share."""
     shared: list[str] = []
-    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(parts)) > 1:
+    for words in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(words)) > 1:
             break
-        shared.append(parts[0])
-    return "".join(f"{part}." for part in shared)
+        shared.append(words[0])
+    return "".join(f"{word}." for word in shared)
 
 
 def _label(entry: str, prefix: str) -> str:
-    return ".".join(part for part in (entry, prefix.removesuffix(".")) if part)
+    return ".".join(word for word in (entry, prefix.removesuffix(".")) if word)
 
 
 def _rank(label: str) -> int:
     """Lower is preferred."""
     order = [*AVERAGES, *PLAIN]
-    return min((order.index(part) for part in label.split(".") if part in order), default=len(order))
+    return min((order.index(word) for word in label.split(".") if word in order), default=len(order))
 
 
 def _choice(labels: list[str], source: str) -> str:
@@ -142,15 +142,15 @@ def _choice(labels: list[str], source: str) -> str:
 
 def _name(label: str, others: list[str]) -> str:
     """The first part of a label that tells it from others; the label itself where none does."""
-    elsewhere = {part for other in others for part in other.split(".")}
-    return printable(next((part for part in label.split(".") if part not in elsewhere), label or "the file itself"))
+    elsewhere = {word for other in others for word in other.split(".")}
+    return printable(next((word for word in label.split(".") if word not in elsewhere), label or "the file itself"))
 
 
 def _scope(prefix: str, others: list[str]) -> str:
     """The shortest part of a prefix that no other network has, so that what is beside this one there belongs to it."""
-    parts = prefix.split(".")[:-1]
-    for number in range(len(parts) + 1):
-        scope = "".join(f"{part}." for part in parts[:number])
+    words = prefix.split(".")[:-1]
+    for number in range(len(words) + 1):
+        scope = "".join(f"{word}." for word in words[:number])
         if not any(other.startswith(scope) for other in others):
             return scope
     return prefix

@@ -129,8 +129,8 @@ class Backbone(nn.Module):
     @property
     def name(self) -> str:
         """What it is, for a reader."""
-        is_own = self.settings.backbone == OWN
-        return f"{type(self.net).__name__} from Python" if is_own else str(self.settings.backbone)
+        is_from_python = self.settings.backbone == OWN
+        return f"{type(self.net).__name__} from Python" if is_from_python else str(self.settings.backbone)
 
     @property
     def has_twin(self) -> bool:
@@ -156,13 +156,13 @@ class Backbone(nn.Module):
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """All parts in evaluation mode; afterwards each as before."""
-    was_training = {part: part.training for part in module.modules()}
+    was_training = {submodule: submodule.training for submodule in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        for part, training in was_training.items():
-            part.training = training
+        for submodule, training in was_training.items():
+            submodule.training = training
 
 
 Encoder = ViTEncoder | Backbone

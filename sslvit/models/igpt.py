@@ -149,7 +149,7 @@ def completion_rows(
     titles = ["input", *[f"completion {number + 1}" for number in range(len(completed))], "original"]
     rows = [
         display_colors(encoder, colors, is_seen),
-        *(display_colors(encoder, part) for part in completed),
+        *(display_colors(encoder, sample) for sample in completed),
         display_colors(encoder, colors),
     ]
     return titles, rows

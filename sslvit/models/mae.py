@@ -128,11 +128,11 @@ class MAEDecoder(nn.Module):
         tokens = self.embed(latent)  # b (prefix + k) w
         prefix, seen = tokens[:, : self.prefix], tokens[:, self.prefix :]
         positions = self.positions(grid or self.grid)  # 1 (prefix + n) w
-        places = self.mask_token.to(tokens.dtype).expand(len(tokens), positions.shape[1] - self.prefix, -1)
-        places = places.scatter(1, visible[:, :, None].expand_as(seen), seen)  # b n w
-        tokens = torch.cat([prefix, places], 1) + positions
+        patches = self.mask_token.to(tokens.dtype).expand(len(tokens), positions.shape[1] - self.prefix, -1)
+        patches = patches.scatter(1, visible[:, :, None].expand_as(seen), seen)  # b n w
+        tokens = torch.cat([prefix, patches], 1) + positions
         if wanted is None:
-            wanted = torch.arange(places.shape[1], device=places.device).expand(len(places), -1)
+            wanted = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
         for number, block in enumerate(self.blocks, start=1):
             assert isinstance(block, Block)
             last = wanted + self.prefix if number == len(self.blocks) else None  # the last MLP maps no others

@@ -45,7 +45,7 @@ def given_backbone(backbone: BackboneLike | None) -> Iterator[None]:
         _given.reset(token)
 
 
-def _own_network() -> nn.Module:
+def _network_from_python() -> nn.Module:
     maker = _given.get()
     if maker is None:
         raise ValueError(
@@ -71,7 +71,7 @@ def make_network(settings: EncoderSettings) -> nn.Module:
         ValueError: The name is unknown there, or the network has no classifier or no stem to replace.
     """
     if settings.backbone == OWN:
-        return _own_network()
+        return _network_from_python()
     library, _, name = (settings.backbone or "").partition(":")
     net = (_from_torchvision if library == "torchvision" else _from_timm)(name, settings.channels)
     if settings.small_stem:

@@ -115,8 +115,8 @@ class WrittenOutAttention(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         """The mixed values 'b heads t e' of three tensors of that shape."""
-        parts = _in_parts(query, key, value)
-        mixed = torch.cat([_weights(query * scale, key, bias) @ value for query, key, value in parts])
+        chunks = _in_chunks(query, key, value)
+        mixed = torch.cat([_weights(query * scale, key, bias) @ value for query, key, value in chunks])
         context.save_for_backward(query, key, value, bias, mixed)
         context.scale = scale
         return mixed
@@ -126,10 +126,10 @@ class WrittenOutAttention(torch.autograd.Function):
         """Gradients of query, key and value."""
         *saved, bias, mixed = context.saved_tensors
         gradients = []
-        for query, key, value, of_part, grad_of_part in _in_parts(*saved, mixed, grad):
-            found = WrittenOutAttention._gradients(query, key, value, of_part, grad_of_part, bias, context.scale)
+        for query, key, value, mixed_chunk, grad_chunk in _in_chunks(*saved, mixed, grad):
+            found = WrittenOutAttention._gradients(query, key, value, mixed_chunk, grad_chunk, bias, context.scale)
             gradients.append(found)
-        of_query, of_key, of_value = (torch.cat(parts) for parts in zip(*gradients, strict=True))
+        of_query, of_key, of_value = (torch.cat(chunks) for chunks in zip(*gradients, strict=True))
         return of_query, of_key, of_value, None, None
 
     @staticmethod
@@ -143,7 +143,7 @@ class WrittenOutAttention(torch.autograd.Function):
         return (of_scores @ key).mul_(scale), of_scores.mT @ query, of_value
 
 
-def _in_parts(query: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _in_chunks(query: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Some images of each tensor 'b heads t e' after the others, as many as WEIGHTS_AT_ONCE allows."""
     _, heads, length, _ = query.shape
     images = max(WEIGHTS_AT_ONCE // (heads * length**2 * query.element_size()), 1)

@@ -64,28 +64,28 @@ def line_chart(title: str, lines: Lines, x_label: str, y_label: str) -> str:
         across = LEFT + (np.asarray(x) - low_x) / ((high_x - low_x) or 1) * (right - LEFT)
         return across, np.clip(bottom - (np.asarray(y) - low) / (high - low) * (bottom - TOP), TOP, bottom)
 
-    parts = []
+    shapes = []
     marks = ticks(low, high)
     step = marks[1] - marks[0] if len(marks) > 1 else None
     for value in marks:
         up = float(to_pixels(low_x, value)[1])
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{up:.1f}" y2="{up:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{up + 4:.1f}" text-anchor="end">{short(value, step)}</text>')
+        shapes.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{up:.1f}" y2="{up:.1f}"/>')
+        shapes.append(f'<text x="{LEFT - 6}" y="{up + 4:.1f}" text-anchor="end">{short(value, step)}</text>')
     for value in ticks(low_x, high_x):
         across = float(to_pixels(value, low)[0])
-        parts.append(f'<text x="{across:.1f}" y="{bottom + 16}" text-anchor="middle">{short(value)}</text>')
-    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{html_text(x_label)}</text>')
+        shapes.append(f'<text x="{across:.1f}" y="{bottom + 16}" text-anchor="middle">{short(value)}</text>')
+    shapes.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{html_text(x_label)}</text>')
     middle = (TOP + bottom) / 2
-    parts.append(
+    shapes.append(
         f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{html_text(y_label)}</text>'
     )
     keys = []
     for number, (name, (x, y)) in enumerate(drawn.items()):
         look = f"stroke:var(--c{number % COLORS});stroke-dasharray:{DASHES[number // COLORS % len(DASHES)] or 'none'}"
         is_smoothed = len(x) >= SMOOTHED_FROM
-        parts.append(_path(*to_pixels(x, y), "raw" if is_smoothed else "smooth", look))
+        shapes.append(_path(*to_pixels(x, y), "raw" if is_smoothed else "smooth", look))
         if is_smoothed:
-            parts.append(_path(*to_pixels(x, smoothed(y)), "smooth", look))
+            shapes.append(_path(*to_pixels(x, smoothed(y)), "smooth", look))
         chip = f'<svg class="chip" viewBox="0 0 24 8"><path class="smooth" d="M0 4L24 4" style="{look}"/></svg>'
         keys.append(f'<span class="key">{chip}{html_text(name)}</span>')
     values = [[name, np.round(x, 2).tolist(), [float(f"{v:.6g}") for v in y]] for name, (x, y) in drawn.items()]
@@ -93,12 +93,12 @@ def line_chart(title: str, lines: Lines, x_label: str, y_label: str) -> str:
     return (
         f'<figure data-lines="{html.escape(json.dumps(values))}" data-axis="{html.escape(axis)}">'
         f"<figcaption><strong>{html_text(title)}</strong> {''.join(keys) if len(drawn) > 1 else ''}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html_text(title)}">{"".join(parts)}'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html_text(title)}">{"".join(shapes)}'
         f'<line class="mark" y1="{TOP}" y2="{bottom}" visibility="hidden"/></svg><output></output></figure>'
     )
 
 
-def parts_chart(title: str, rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
+def breakdown_chart(title: str, rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
     """A figure with a bar for each row, made of its parts side by side."""
     names = list(dict.fromkeys(name for of in rows.values() for name in of))
     longest = max((sum(of.values()) for of in rows.values()), default=0.0)

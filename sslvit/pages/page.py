@@ -52,25 +52,25 @@ svg .grid { stroke: var(--line); } svg .mark { stroke: var(--dim); stroke-dashar
 """
 
 
-def write_page(path: Path, title: str, parts: list[str], kind: str) -> Path:
-    """Write a page of parts, top to bottom: what the functions below and those of `charts` return.
+def write_page(path: Path, title: str, blocks: list[str], kind: str) -> Path:
+    """Write a page of blocks, top to bottom: what the functions below and those of `charts` return.
 
     Args:
         path: The HTML file.
         title: Title of the page.
-        parts: Its content.
+        blocks: Its content.
         kind: What makes such pages, such as report: it may replace its own (`is_page`).
     """
     contents, body, taken = [], [], set()
-    for part in parts:
-        if found := re.fullmatch(r"<h2>(.*)</h2>", part, re.DOTALL):
+    for block in blocks:
+        if found := re.fullmatch(r"<h2>(.*)</h2>", block, re.DOTALL):
             name = re.sub(r"[^a-z0-9]+", "-", found[1].lower()).strip("-") or "part"
             while name in taken:
                 name += "-"
             taken.add(name)
             contents.append(f'<li><a href="#{name}">{found[1]}</a></li>')
-            part = f'<h2 id="{name}">{found[1]}</h2>'
-        body.append(part)
+            block = f'<h2 id="{name}">{found[1]}</h2>'
+        body.append(block)
     listed = f"<nav><ul>{''.join(contents)}</ul></nav>\n" if len(contents) > 2 else ""
     write_atomically(
         path,

@@ -25,7 +25,7 @@ from sslvit.evaluate.probe import PAPER_RULE, score, untrained
 from sslvit.evaluate.protocols import ProbeContext, check_readouts
 from sslvit.evaluate.scores import Scores, columns_of, format_score, format_table, independent
 from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
-from sslvit.files import printable, remove_stale_parts, write_atomically
+from sslvit.files import printable, remove_stale_temporaries, write_atomically
 from sslvit.locks import lock_file
 from sslvit.messages import for_python
 from sslvit.models import Encoder
@@ -164,7 +164,7 @@ class BenchRun:
 
     def claim(self) -> None:
         """Resume in a folder of a bench, or make a new one; nothing else is touched."""
-        remove_stale_parts(self.folder / MARK)
+        remove_stale_temporaries(self.folder / MARK)
         if self.folder.exists() and any(path.name != "cells" or any(path.iterdir()) for path in self.folder.iterdir()):
             if not (self.folder / MARK).exists():
                 raise ValueError(f"{self.folder}: in use, and not by a bench (no {MARK}). Choose another --out.")

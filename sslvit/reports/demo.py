@@ -101,8 +101,8 @@ def demo(
     to_run: dict[str, tuple[str, dict[str, Any]]] = {}
     for task, changed in split_changes(RECIPES[data], changes or {}).items():
         short = CIFAR10_ON_A_CPU[task] if data == "cifar10" and not on_gpu else {}
-        own = {"out": str(folder / task), "online.every": ONLINE_EVERY[data][task]}
-        to_run[task] = RECIPES[data][task], short | given | own | changed
+        of_run = {"out": str(folder / task), "online.every": ONLINE_EVERY[data][task]}
+        to_run[task] = RECIPES[data][task], short | given | of_run | changed
     logger.info(f"2/4  pretraining: {', '.join(TASKS.values())}")
     if on_gpu or cpu_cores() == 1:
         for recipe, of_task in to_run.values():
@@ -188,15 +188,15 @@ def pack_cifar10(folder: Path, archive: str | None, download: Path) -> ShardInde
         if archive is not None:
             shutil.copy(archive, download / CIFAR10.filename)  # torchvision checks its MD5 before it reads it
         try:
-            parts = {name: CIFAR10(str(download), train=name == "train", download=True) for name in ("train", "test")}
+            splits = {name: CIFAR10(str(download), train=name == "train", download=True) for name in ("train", "test")}
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"CIFAR-10 could not be downloaded ({error}). Give a local archive: --archive FILE "
                 "(make demo DATA=cifar10 ARCHIVE=FILE)."
             ) from error
         indices = {
-            name: _packed(array_samples(part.data, part.targets), folder / name, part.classes)
-            for name, part in parts.items()
+            name: _packed(array_samples(split.data, split.targets), folder / name, split.classes)
+            for name, split in splits.items()
         }
         return indices["train"]
     try:

@@ -143,7 +143,7 @@ def show(
         raise ValueError("--among is for show neighbors.")
     if patch is not None and what != "similarity":
         raise ValueError("--patch is for show similarity.")
-    place = None if patch is None else read_patch(patch)
+    patch_at = None if patch is None else read_patch(patch)
     check_new_picture(output)
     if what in OF_RECIPES:
         for name, value in (("size", size), ("crop-fraction", crop_fraction)):
@@ -185,7 +185,7 @@ def show(
                 colors = F.interpolate(patch_colors(transformer, seen), size=seen.shape[2:])  # each patch at its size
                 plot_images(file, [transformer.to_display(seen).numpy(), colors.numpy()], PCA_TITLES)
             elif what == "similarity":
-                plot_similarity(transformer, seen, file, place)
+                plot_similarity(transformer, seen, file, patch_at)
             else:
                 numbers = plot_distance(transformer, seen, file)
         picture = Picture(file.read_bytes(), numbers=numbers)
@@ -240,14 +240,14 @@ def read_patch(patch: str | Sequence[int]) -> tuple[int, int]:
     return row, column
 
 
-def plot_similarity(encoder: ViTEncoder, images: Tensor, out: str | Path, place: tuple[int, int] | None) -> Path:
+def plot_similarity(encoder: ViTEncoder, images: Tensor, out: str | Path, patch_at: tuple[int, int] | None) -> Path:
     """Plot the similarity of one patch's token to those of all patches, the middle one's unless a place is given.
 
     Raises:
         ValueError: There is no patch at that place.
     """
     rows, columns = encoder.settings.grid_of(*images.shape[2:])
-    row, column = place or (rows // 2, columns // 2)
+    row, column = patch_at or (rows // 2, columns // 2)
     similarity = patch_similarity(encoder, images, row, column).clamp(min=0).numpy()
     pixels = encoder.to_display(images).numpy()
     titles = ["input", f"similarity to\npatch {row}, {column}"]

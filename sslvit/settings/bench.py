@@ -209,7 +209,7 @@ def _column(value: Any, where: str, kind: str = "linear") -> Any:
         raise ValueError(f"{where}: expected linear, few, knn, finetune, or keys such as kind.")
     if value.get("kind", kind) != "finetune":
         return value
-    changes = {key: part for key, part in value.items() if key not in ("kind", "config")}
+    changes = {key: setting for key, setting in value.items() if key not in ("kind", "config")}
     if isinstance(changes.get("changes"), dict):  # as the dataclass has it already
         changes |= changes.pop("changes")
     for key in changes:

@@ -205,19 +205,19 @@ def _say(kind: type, tree: dict[str, Any], key: str, value: Any, base: EncoderSe
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     *path, last = key.split(".")
-    for depth, part in enumerate(path, start=1):
-        tree = tree.setdefault(part, {})
+    for depth, name in enumerate(path, start=1):
+        tree = tree.setdefault(name, {})
         if tree is None:
             raise ValueError(EMPTY.format(brief(".".join(path[:depth]))))
         if not isinstance(tree, dict):
-            raise ValueError(f"{brief(key)}: '{brief(part)}' holds a value, not settings.")
+            raise ValueError(f"{brief(key)}: '{brief(name)}' holds a value, not settings.")
     tree[last] = value
 
 
 def _find(tree: Any, section: str) -> dict[str, Any]:
     """A section of nested settings."""
-    for part in section.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
+    for name in section.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
     return tree if isinstance(tree, dict) else {}
 
 

@@ -33,8 +33,8 @@ def read_size(size: int | str | Sequence[int], settings: EncoderSettings) -> lis
         raise ValueError(f"--size {brief(text)}: expected a side in pixels, such as 64, or both, such as 48x64.")
     sides = [int(side) for side in match.groups(match[1])]
     if settings.tokens == "pixel" and sides != settings.image_size:
-        own = "x".join(map(str, settings.image_size))
-        raise ValueError(f"--size {text}: a pixel sequence is tied to its size ({own}). Omit the option.")
+        trained_size = "x".join(map(str, settings.image_size))
+        raise ValueError(f"--size {text}: a pixel sequence is tied to its size ({trained_size}). Omit the option.")
     patch = settings.patch
     if any(side % patch for side in sides):
         near = [sorted({max(side // patch, 1) * patch, -(-side // patch) * patch}) for side in sides]

@@ -112,9 +112,7 @@ def read_duration(text: str) -> float:
         ValueError: It is none, or no time at all.
     """
     found = DURATION.fullmatch(text.strip().lower())
-    seconds = (
-        sum(float(part or 0) * unit for part, unit in zip(found.groups(), UNITS.values(), strict=True)) if found else 0
-    )
+    seconds = sum(float(n or 0) * unit for n, unit in zip(found.groups(), UNITS.values(), strict=True)) if found else 0
     if not 0 < seconds < float("inf"):
         raise ValueError(f"train.budget: {brief(text)} is no time. Give it as 90s, 60min, 8h or 1h30min.")
     return seconds
@@ -256,7 +254,7 @@ class OnlineSettings:
     def __post_init__(self) -> None:
         if (self.train is None) != (self.val is None):
             raise ValueError("online.train and online.val belong together: give both, or neither.")
-        self.train, self.val = (part and expand_path(part) for part in (self.train, self.val))
+        self.train, self.val = (path and expand_path(path) for path in (self.train, self.val))
         check_bounds(self, "online.", "1 or more", "every", "images", "neighbors")
 
 

@@ -11,7 +11,7 @@ from sslvit.settings.choices import check_bounds, checked
 
 IMAGES_PER_PROTOTYPE = 20  # ImageNet's 1.28 M images for 65,536 outputs (Caron et al. 2021, section 3.2)
 PAPER_BATCH, PAPER_MOMENTUM = 1024, 0.996  # section 3.2, "Implementation details"
-PARTS_OF_A_RUN = 10  # the teacher averages over at most one of them
+MIN_AVERAGES_PER_RUN = 10  # the teacher averages over at most one of them
 
 
 @dataclass(frozen=True)
@@ -208,12 +208,12 @@ class DINOSettings(TaskSettings):
         if self.centering == "mean" and self.center_momentum > 0.99:
             return f"The center hardly moves: lower task.center_momentum ({self.center_momentum:g}); 0.9 is usual."
         temperature = f"task.teacher_temp ({self.teacher_temp:g})"
-        parts = [f"Lower {lr}, or raise data.global_batch_size or {temperature}"]
+        remedies = [f"Lower {lr}, or raise data.global_batch_size or {temperature}"]
         if not self.batch_norm:
-            parts.append("for small data set task.batch_norm to true")
+            remedies.append("for small data set task.batch_norm to true")
         if self.centering == "mean":
-            parts.append("task.centering: sinkhorn keeps all prototypes in use")
-        return "; ".join(parts) + "."
+            remedies.append("task.centering: sinkhorn keeps all prototypes in use")
+        return "; ".join(remedies) + "."
 
 
 def prototypes_for(images: int) -> int:
@@ -232,7 +232,7 @@ def momentum_for(global_batch_size: int, total_steps: int) -> float:
     of it were worse than a tenth or a fortieth (docs/dino.md).
     """
     per_batch = PAPER_MOMENTUM ** (global_batch_size / PAPER_BATCH)
-    per_run = 1 - min(PARTS_OF_A_RUN / total_steps, 0.5)
+    per_run = 1 - min(MIN_AVERAGES_PER_RUN / total_steps, 0.5)
     return round(min(per_batch, per_run), 6)
 
 

@@ -100,7 +100,7 @@ class Task(pl.LightningModule):
                                    "optim": asdict(self.optim), "run": asdict(self.run)})  # fmt: skip
         self.model = self.make_model(encoder)
         self.loss_fn: Callable[..., Any] = cast(Any, self.model).loss  # or its compiled form (train/compilation.py)
-        self._freeze_unused_parts()
+        self._freeze_unused_modules()
         self.guard = StepGuard(self.model, self.optim)
         self.warmup_steps = self.optim.warmup_steps(self.run.steps_per_epoch, self.run.total_steps)
         self.peak_lr = self.optim.peak_lr(self.run.global_batch_size)
@@ -142,7 +142,7 @@ class Task(pl.LightningModule):
         """What is saved beside the trained encoder, as head.safetensors; nothing for pretext tasks."""
         return {}
 
-    def unused_parts(self) -> tuple[str, ...]:
+    def unused_modules(self) -> tuple[str, ...]:
         """Parts of the encoder that no training step of this task passes through; those that it has are frozen.
 
         On several ranks DDP waits for a gradient of every trained parameter, and one without any stops the run; on one
@@ -169,10 +169,10 @@ class Task(pl.LightningModule):
         run = self.run
         return settings.fitted(run.images_per_epoch, run.global_batch_size, run.total_steps)
 
-    def _freeze_unused_parts(self) -> None:
-        parts = self.unused_parts()
+    def _freeze_unused_modules(self) -> None:
+        names = self.unused_modules()
         for name, parameter in self.encoder.named_parameters():
-            if name.startswith(tuple(f"{part}." for part in parts)) or name in parts:
+            if name.startswith(tuple(f"{unused}." for unused in names)) or name in names:
                 parameter.requires_grad_(False)
 
     def gather_full_copy(self) -> Task:
@@ -264,7 +264,7 @@ class Task(pl.LightningModule):
             ValueError: A loader's batches are of another size than the run plan says; only the last may be smaller.
         """
         if batch.first_row < 0:
-            run, part = self.run, batch_idx % self.run.accumulation_steps
+            run, micro_step = self.run, batch_idx % self.run.accumulation_steps
             if len(batch) > run.images_per_pass or (batch_idx == 0 and len(batch) < run.images_per_pass):
                 raise ValueError(
                     f"the loader gives {counted(len(batch), 'image')} at a time, but the run plan says "
@@ -272,7 +272,7 @@ class Task(pl.LightningModule):
                     f"in {counted(run.accumulation_steps, 'pass')}). Set its "
                     f"batch_size={run.images_per_pass}, or plan for another global_batch_size."
                 )
-            batch.first_row = (self.trainer.global_rank * run.accumulation_steps + part) * run.images_per_pass
+            batch.first_row = (self.trainer.global_rank * run.accumulation_steps + micro_step) * run.images_per_pass
         self.seed_dropout(batch, self.global_step)
         if self._current_step != self.global_step:
             self._current_step = self.global_step

@@ -57,7 +57,7 @@ class IGPT(Task):
         guess = "guessing each pixel by how frequent colors are"
         return trivial_symptoms(measures, "unigram_entropy", guess, self.optim)
 
-    def unused_parts(self) -> tuple[str, ...]:
+    def unused_modules(self) -> tuple[str, ...]:
         """Nothing is pooled, and only the BERT objective hides pixels."""
         return ("fc_norm",) if self.settings.objective == "bert" else ("fc_norm", "mask_token")
 
@@ -78,7 +78,7 @@ class IGPT(Task):
             assert is_hidden is not None
             filled = torch.where(is_hidden, head(states).argmax(2), colors)
             pictures = [display_colors(encoder, colors, ~is_hidden)]
-            pictures += [display_colors(encoder, part) for part in (filled, colors)]
+            pictures += [display_colors(encoder, one) for one in (filled, colors)]
             return {"filled": (["seen", "filled in", "original"], pictures)}
         colors = encoder.pixel_tokens.quantize(images)  # b n
         settings = SampleSettings(seed=self.run.seed)
@@ -87,4 +87,4 @@ class IGPT(Task):
         upper = colors[:, :prefix_length].repeat(COMPLETIONS, 1)
         completed = complete(encoder, head, upper, settings).chunk(COMPLETIONS)
         rows = completion_rows(encoder, colors, prefix_length, list(completed))
-        return {"generated": ([""] * 2, [display_colors(encoder, part) for part in generated]), "completed": rows}
+        return {"generated": ([""] * 2, [display_colors(encoder, one) for one in generated]), "completed": rows}

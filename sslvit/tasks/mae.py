@@ -55,7 +55,7 @@ class MAE(Task):
         """A decoder that predicts the mean patch, or features without rank."""
         return trivial_symptoms(measures, "target_variance", "predicting the mean patch everywhere", self.optim)
 
-    def unused_parts(self) -> tuple[str, ...]:
+    def unused_modules(self) -> tuple[str, ...]:
         """Nothing is pooled, and the decoder's mask token stands for hidden patches."""
         return ("mask_token", "fc_norm")
 

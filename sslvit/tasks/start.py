@@ -53,23 +53,23 @@ def begin_with(
     if isinstance(start, Backbone):
         load_strict(encoder, start.state_dict(), source)
         return
-    own, notes = encoder.state_dict(), []
+    fresh, notes = encoder.state_dict(), []
     given = dict(resize_weights(start.state_dict(), there, here))
     if there.grid != here.grid and there.pos_embed not in OF_ANY_GRID:
         grids = [f"{rows} x {columns}" for rows, columns in (there.grid, here.grid)]
         notes.append(f"positions interpolated from {grids[0]} to {grids[1]} patches")
-    notes += _adapt_positions(given, own, there.pos_embed, here.pos_embed, source)
+    notes += _adapt_positions(given, fresh, there.pos_embed, here.pos_embed, source)
     notes += _adapt_patches(given, there, here)
-    if new := [key for key in own if key not in given]:
+    if new := [key for key in fresh if key not in given]:
         wrong = [key for key in new if not key.startswith(ends)]
         if wrong or not ends:
             raise ValueError(f"{source}: has no weights for {printable(', '.join(wrong[:4]))}.")
         notes.append(f"new: {', '.join(new)}")
-    if left := [key for key in given if key not in own]:
+    if left := [key for key in given if key not in fresh]:
         notes.append(f"left out: {', '.join(left)}")
     if different := changes_in_words(*({key: getattr(of, key) for key in READINGS} for of in (there, here))):
         notes.append(f"the run's settings hold: {', '.join(different)}")
-    load_strict(encoder, own | {key: value for key, value in given.items() if key in own}, source)
+    load_strict(encoder, fresh | {key: value for key, value in given.items() if key in fresh}, source)
     if notes and is_first_rank():
         logger.info(f"starting from {printable(source)}: {'; '.join(notes)}")
 
@@ -85,14 +85,14 @@ def begin_decoder(model: MAEModel, start: EncoderSettings, source: str) -> None:
     found = decoder_beside(source)
     if found is None:
         return
-    (there, weights), own = found, model.decoder.state_dict()
+    (there, weights), fresh = found, model.decoder.state_dict()
     here = _decoder_settings(model.settings, model.encoder.settings)
     if differences := changes_in_words(_decoder_settings(there, start), here):
         note = f"decoder: new, as other settings were those of the weights ({', '.join(differences)})"
     else:
         given = {key.removeprefix("decoder."): value for key, value in weights.items()}
         if start.grid != model.encoder.settings.grid:
-            given["pos_embed"] = own["pos_embed"]  # a fixed table, and the run's grid has its own
+            given["pos_embed"] = fresh["pos_embed"]  # a fixed table, and the run's grid has its own
         load_strict(model.decoder, given, source)
         note = "decoder: taken over, too"
     if is_first_rank():
@@ -125,7 +125,9 @@ def _adapt_patches(given: dict[str, Tensor], there: EncoderSettings, here: Encod
     return notes
 
 
-def _adapt_positions(given: dict[str, Tensor], own: dict[str, Tensor], there: str, here: str, source: str) -> list[str]:
+def _adapt_positions(
+    given: dict[str, Tensor], fresh: dict[str, Tensor], there: str, here: str, source: str
+) -> list[str]:
     """Notes on a table of another kind; a fixed table stays the run's own, and only weights that hold it fit.
 
     Raises:
@@ -135,10 +137,10 @@ def _adapt_positions(given: dict[str, Tensor], own: dict[str, Tensor], there: st
         return []
     if here == "learned_1d":
         return [f"pos_embed: a table of {there}, learned from here on"]
-    if not torch.allclose(given["pos_embed"].float(), own["pos_embed"].float(), rtol=0, atol=CLOSE):
+    if not torch.allclose(given["pos_embed"].float(), fresh["pos_embed"].float(), rtol=0, atol=CLOSE):
         raise ValueError(
             f"{source}: its positions ({there}) are another table than the fixed one of this run (encoder.pos_embed: "
             f"{here}), which would not learn to be it. Set encoder.pos_embed to {there}, as in the weights."
         )
-    given["pos_embed"] = own["pos_embed"]
+    given["pos_embed"] = fresh["pos_embed"]
     return [f"pos_embed: {there} in the weights, and the same table as {here}, which stays fixed"]

@@ -41,20 +41,20 @@ def branch(run: str | os.PathLike[str], out: str | os.PathLike[str], step: int |
     if os.path.lexists(new.path) and not (new.path.is_dir() and not any(new.path.iterdir())):
         raise ValueError(f"{printable(new.path)}: already exists. Choose another --out.")
     checkpoint = find_checkpoint(source, step)
-    part = new.path.with_name(f".{new.path.name}.{os.getpid()}.part")
+    temporary = new.path.with_name(f".{new.path.name}.{os.getpid()}.part")
     try:
-        copy = RunFolder(part)
+        copy = RunFolder(temporary)
         _copy(source, checkpoint, copy)
         check_checkpoint(copy.checkpoint)
         if step is not None and _step_of(copy.checkpoint) != step:
             raise ValueError(
                 f"--step {step}: {printable(source.path)} went on and replaced it meanwhile. Take a later one."
             )
-        os.replace(part, new.path)
+        os.replace(temporary, new.path)
     except OSError as error:
         raise write_error(new.path, error) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return new
 
 

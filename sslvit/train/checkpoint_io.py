@@ -140,14 +140,14 @@ def prune_checkpoints(last: Path, step: int, keep_last: int, keep_every: int | N
         keep_last: so many of the newest stay, this one included.
         keep_every: those whose step it divides stay for good.
     """
-    own = last.with_name(f"step-{step:08d}.ckpt")
+    named_file = last.with_name(f"step-{step:08d}.ckpt")
     if keep_last > 1 or (keep_every and step % keep_every == 0):
-        own.unlink(missing_ok=True)
+        named_file.unlink(missing_ok=True)
         try:
-            os.link(last, own)
+            os.link(last, named_file)
         except OSError:  # a file system without hard links
-            with new_file(own) as part:
-                shutil.copyfile(last, part)
+            with new_file(named_file) as temporary:
+                shutil.copyfile(last, temporary)
     named = sorted(last.parent.glob(NAMED))  # by step, as each has the same number of digits
     newest = named[-keep_last:] if keep_last > 1 else []
     for path in named:

@@ -31,7 +31,7 @@ import numpy as np
 import yaml
 
 from sslvit.environment import describe_process
-from sslvit.files import new_file, printable, remove_stale_parts, to_json, write_atomically, write_error
+from sslvit.files import new_file, printable, remove_stale_temporaries, to_json, write_atomically, write_error
 from sslvit.locks import lock_folder
 from sslvit.results import Result, decimals
 from sslvit.settings.data import is_given
@@ -254,11 +254,11 @@ class RunFolder(Result):
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.encoder, self.figures, self.samples, self.incident):
             for name in {left.name.rsplit(".", 2)[0] for left in folder.glob("*.*.part")}:
-                remove_stale_parts(folder / name)
+                remove_stale_temporaries(folder / name)
         earlier = self.made_by() if goes_on else []
         settings = {**settings, MADE_BY: [*earlier, describe_process()]}
-        with new_file(self.config) as part:
-            part.write_text(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, width=120))
+        with new_file(self.config) as temporary:
+            temporary.write_text(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, width=120))
             if not goes_on:
                 self._delete_run()
         self.checkpoint.parent.mkdir(exist_ok=True)
@@ -309,7 +309,7 @@ class RunFolder(Result):
     def cut_samples_read(self, step: int) -> None:
         """Drop samples of steps after a checkpoint's, which the resumed run will read again."""
         for path in self.samples.glob("rank-*.jsonl"):
-            with new_file(path) as part, open(part, "w") as new:
+            with new_file(path) as temporary, open(temporary, "w") as new:
                 new.writelines(text for text, line in read_lines(path) if line["step"] < step)
 
     def read_config(self) -> dict[str, Any]:

@@ -73,10 +73,10 @@ class Forecast:
                 if self.run.accumulation_steps > 1
                 else kept | {"activations": self.activations}
             )
-        parts = {name: whole / self.run.ranks for name, whole in kept.items()}
+        sharded = {name: whole / self.run.ranks for name, whole in kept.items()}
         # at once whole: what lies in no block, the block that runs and the next, and the gradients of one
         gathered = size * (self.outside + 3 * self.block)
-        return parts | {"gathered": gathered, "activations": self.activations}
+        return sharded | {"gathered": gathered, "activations": self.activations}
 
     def total(self, strategy: str) -> float:
         """All bytes on each rank."""
@@ -91,10 +91,10 @@ class Forecast:
         """For a reader."""
         run, memory = self.run, []
         for strategy in ("ddp", "fsdp"):
-            parts = ", ".join(f"{name} {part / 2**30:.2f}" for name, part in self.memory(strategy).items())
+            bytes_by_use = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.memory(strategy).items())
             memory.append(
                 f"memory       {strategy}: {self.total(strategy) / 2**30:.2f} GiB per rank in {self.precision} on a "
-                f"{'GPU' if self.on_gpu else 'CPU'} ({parts})"
+                f"{'GPU' if self.on_gpu else 'CPU'} ({bytes_by_use})"
             )
         return "\n".join([
             f"parameters   encoder {self.encoder:,}, trained {self.trained:,}, total {self.total_params:,}",

@@ -203,9 +203,9 @@ def size_notice(settings: RunSettings, location: str, size: tuple[int, int] | No
         return None
     seen = f"images of about {size[0]} x {size[1]} pixels are seen at {encoder.image_size[0]} x {encoder.image_size[1]}"
     if scale >= SHRINKS:
-        own = f"{settings.task.name}/own_images"
-        has_recipe = encoder.tokens == "patch" and own in recipe_names()
-        remedy = f"Take {own}, or raise encoder.image_size." if has_recipe else "encoder.image_size says the size."
+        larger = f"{settings.task.name}/own_images"
+        has_recipe = encoder.tokens == "patch" and larger in recipe_names()
+        remedy = f"Take {larger}, or raise encoder.image_size." if has_recipe else "encoder.image_size says the size."
         return f"{location}: {seen}, {scale:.0f} times smaller, where what is small in them is lost. {remedy}"
     small = f"{settings.task.name}/vit_tiny_cifar10"
     recipe = f", or take a recipe for small images ({small})" if small in recipe_names() else ""

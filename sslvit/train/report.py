@@ -112,13 +112,13 @@ def write_report(folders: Sequence[RunFolder], path: Path | None = None, state: 
         except DAMAGED as error:
             problems.append(text(f"{name}: cannot be read ({error})."))
     title = f"sslvit: {next(iter(named), 'no run')}" if len(folders) == 1 else f"sslvit: {len(folders)} runs"
-    parts = [heading("What ran"), *problems]
+    blocks = [heading("What ran"), *problems]
     for make in SECTIONS if named else ():
         try:
-            parts += make(named)
+            blocks += make(named)
         except DAMAGED as error:
-            parts.append(text(f"A part of this page could not be made ({type(error).__name__}: {error})."))
-    write_page(path, title, [part for part in parts if part], KIND)
+            blocks.append(text(f"A part of this page could not be made ({type(error).__name__}: {error})."))
+    write_page(path, title, [block for block in blocks if block], KIND)
     return Report(path, [folder.path for folder in folders])
 
 
@@ -137,7 +137,7 @@ def _names(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
     """A short name for each run: the end of its path that tells it from the others."""
     paths = [folder.path.resolve().parts for folder in folders]
     for length in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(parts[-length:]) for parts in paths]
+        names = ["/".join(names_of_path[-length:]) for names_of_path in paths]
         if len(set(names)) == len(names):
             break
     return dict(zip(names, folders, strict=True))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sslvit.evaluate.scores import read_scores
-from sslvit.pages.charts import line_chart, parts_chart
+from sslvit.pages.charts import breakdown_chart, line_chart
 from sslvit.pages.page import figure_row, heading, is_plain, picture, table, text, text_rows
 from sslvit.results import decimals
 from sslvit.settings.load import by_dotted_key, from_keywords
@@ -35,7 +35,7 @@ CHARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Entropy of the teacher": ("nats", ("health/teacher_entropy", "health/teacher_uniform_kl")),
     "Speed": ("images/s", ("time/images_per_second",)),
 }  # fmt: skip
-PARTS_OF_A_STEP = ("data", "forward", "backward", "communication", "optimizer")
+PHASES = ("data", "forward", "backward", "communication", "optimizer")
 CAPTIONS = {
     "views": "What training is fed: views of some images.",
     "reconstruction": "Input, what the encoder sees (hidden patches gray), and the reconstruction.",
@@ -201,8 +201,8 @@ def curves(named: Named) -> list[str]:
         for name, history in histories.items():
             for metric in present:
                 if metric in history:
-                    own = metric if len(named) == 1 else f"{name}, {metric}" if len(present) > 1 else name
-                    lines[own] = history["step"].tolist(), history[metric].tolist()
+                    name_of_line = metric if len(named) == 1 else f"{name}, {metric}" if len(present) > 1 else name
+                    lines[name_of_line] = history["step"].tolist(), history[metric].tolist()
         made.append(line_chart(title, lines, "step", label))
     return [heading("Curves"), *made] if any(made) else []
 
@@ -212,11 +212,11 @@ def times(named: Named) -> list[str]:
     rows = {}
     for name, files in named.items():
         history = files.history
-        parts = {part: history[f"time/{part}"] for part in PARTS_OF_A_STEP if f"time/{part}" in history}
-        means = {part: float(np.nanmean(values)) * 1000 for part, values in parts.items() if np.isfinite(values).any()}
+        seconds = {phase: history[f"time/{phase}"] for phase in PHASES if f"time/{phase}" in history}
+        means = {phase: float(np.nanmean(of)) * 1000 for phase, of in seconds.items() if np.isfinite(of).any()}
         if means:
-            rows[name] = {part: value for part, value in means.items() if value > 0}
-    chart = parts_chart("Time of a step", rows, "ms")
+            rows[name] = {phase: value for phase, value in means.items() if value > 0}
+    chart = breakdown_chart("Time of a step", rows, "ms")
     return [heading("Where the time goes"), chart] if chart else []
 
 

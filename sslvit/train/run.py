@@ -233,8 +233,8 @@ def _finish(settings: RunSettings, folder: RunFolder, data: ShardDataModule, tas
     save_encoder(task.trained_encoder, folder.encoder, provenance)
     if extra := task.extra_weights():
         classes = {"classes": json.dumps(index.classes)}
-        with new_file(folder.encoder / HEAD) as part:
-            save_file({key: value.cpu().contiguous() for key, value in extra.items()}, part, classes)
+        with new_file(folder.encoder / HEAD) as temporary:
+            save_file({key: value.cpu().contiguous() for key, value in extra.items()}, temporary, classes)
     logger.info("drawing figures")
     plot_pictures(folder, task, data)
     log_pictures(trainer, folder.figures, trainer.global_step)

@@ -249,8 +249,8 @@ def _metric(line: Mapping[str, Any], key: str, file: Path) -> float:
 
 def value_in(values: Any, key: str) -> Any:
     """The value under a dotted key; None where there is no such key, or no section above it."""
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
     return values
 
 

@@ -123,9 +123,9 @@ class Sharded(_RanksStrategy):
 
     def teardown(self) -> None:
         """Weights stay where they are: the run is still to be finished from them."""
-        for part in (self.cluster_environment, self.precision_plugin, self.accelerator):
-            if part is not None:
-                part.teardown()
+        for plugin in (self.cluster_environment, self.precision_plugin, self.accelerator):
+            if plugin is not None:
+                plugin.teardown()
         self.checkpoint_io.teardown()
 
 

@@ -135,17 +135,17 @@ def time_run(settings: RunSettings, run: RunPlan, steps: int, log_every: int = 1
     data = settings.data
     if data.resolution_fractions is None:
         return time_steps(settings, run, steps, log_every)
-    parts: list[tuple[float, TimedSteps]] = []
+    timed: list[tuple[float, TimedSteps]] = []
     for side, share in data.fractions_of_sides.items():
         assert side is not None
         alone = replace(settings, data=replace(data, resolutions=[side], resolution_fractions=None))
-        parts.append((share, time_steps(alone, run, max(round(share * steps), 2), log_every)))
-    waiting = [(share, part.waiting) for share, part in parts if part.waiting is not None]
+        timed.append((share, time_steps(alone, run, max(round(share * steps), 2), log_every)))
+    waiting = [(share, steps_of_side.waiting) for share, steps_of_side in timed if steps_of_side.waiting is not None]
     return TimedSteps(
-        sum(part.steps for _, part in parts), run.global_batch_size,
-        sum(share * part.seconds_per_step for share, part in parts),
-        sum(share * part for share, part in waiting) if len(waiting) == len(parts) else None,
-        max(part.memory for _, part in parts), parts[0][1].device,
+        sum(steps_of_side.steps for _, steps_of_side in timed), run.global_batch_size,
+        sum(share * steps_of_side.seconds_per_step for share, steps_of_side in timed),
+        sum(share * steps_of_side for share, steps_of_side in waiting) if len(waiting) == len(timed) else None,
+        max(steps_of_side.memory for _, steps_of_side in timed), timed[0][1].device,
     )  # fmt: skip
 
 
@@ -165,23 +165,23 @@ def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int =
             settings.train, devices=1, nodes=1, strategy="ddp", steps=total, budget=None,
             log_every=log_every, keep_every=None, skip_limit=total, tensorboard=False, wandb=None, mlflow=None,
         )  # fmt: skip
-        own = replace(
+        trial = replace(
             settings, train=train, out=folder, online=replace(settings.online, train=None, val=None),
             data=replace(settings.data, global_batch_size=batch, fit_batch=False, ledger=False),
         )  # fmt: skip
-        index, order = open_data(own.data, own.seed)
+        index, order = open_data(trial.data, trial.seed)
         run = replace(run, total_steps=total, steps_per_epoch=order.steps_per_epoch, ranks=1)
-        own = resolve_defaults(own, None, index, run)
-        pl.seed_everything(own.seed, verbose=False)
-        module = ShardDataModule(index, own.data, own.encoder, order, run)
-        task = make_task(own, run)
+        trial = resolve_defaults(trial, None, index, run)
+        pl.seed_everything(trial.seed, verbose=False)
+        module = ShardDataModule(index, trial.data, trial.encoder, order, run)
+        task = make_task(trial, run)
         if train.precision == "float64":
             task.double()
         if (mode := compile_mode(train)) is not None:
             compile_task(task, mode)
         run_folder, ends = RunFolder(folder), Ends()
-        run_folder.start(asdict(own), goes_on=False)
-        trainer = make_trainer(own, run_folder, module, [ends])
+        run_folder.start(asdict(trial), goes_on=False)
+        trainer = make_trainer(trial, run_folder, module, [ends])
         logger.info(f"timing {steps} steps of {batch} images")
         done = track_counter("timing steps", total, "steps", lambda: len(ends.timestamps))
         with done, _silent(), tf32_beside_bf16(train), warnings.catch_warnings():

@@ -16,7 +16,7 @@ from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 MAX_TIMESTAMPS = 4096  # kept until a line is due
-PARTS = ("data", "forward", "backward", "communication", "optimizer")
+PHASES = ("data", "forward", "backward", "communication", "optimizer")
 
 
 class Clock(pl.Callback):
@@ -77,7 +77,7 @@ class Clock(pl.Callback):
     def pop(self) -> dict[str, float]:
         """Seconds since the last call by what they went into; there may be others."""
         self._add_up(len(self.timestamps))
-        taken = {part: self.seconds[part] for part in PARTS}
+        taken = {phase: self.seconds[phase] for phase in PHASES}
         self.seconds.clear()
         return taken
 

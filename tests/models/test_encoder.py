@@ -666,7 +666,7 @@ def test_weights_larger_than_their_queries_keys_and_values_are_not_kept_for_the_
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}])
-def test_attention_in_parts_of_a_batch_is_that_of_the_whole(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_in_chunks_of_a_batch_is_that_of_the_whole(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     attention, sizes = make(**options, heads=12).blocks[0].attn.train(), []
     tokens = torch.randn(5, 17, 48, generator=torch.Generator().manual_seed(2))
     weights = transformer._weights

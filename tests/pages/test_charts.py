@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from sslvit.pages.charts import HEIGHT, LEFT, MAX_POINTS, WIDTH, line_chart, parts_chart, smoothed, thinned, ticks
+from sslvit.pages.charts import HEIGHT, LEFT, MAX_POINTS, WIDTH, breakdown_chart, line_chart, smoothed, thinned, ticks
 
 from sslvit.pages.charts import BOTTOM, RIGHT, TOP, short, value_range  # isort: skip
 
@@ -35,7 +35,7 @@ def test_what_is_not_finite_is_left_out_and_nothing_to_plot_is_no_chart() -> Non
     chart = line_chart("Loss", {"a": ([1, 2, 3], [1.0, float("nan"), 2.0]), "b": ([], [])}, "step", "loss")
     assert lines_of(chart) == [["a", [1.0, 3.0], [1.0, 2.0]]]
     assert line_chart("Loss", {"a": ([1], [float("inf")])}, "step", "loss") == ""
-    assert parts_chart("Time", {}, "ms") == ""
+    assert breakdown_chart("Time", {}, "ms") == ""
 
 
 def test_many_points_are_averaged() -> None:
@@ -95,14 +95,14 @@ def test_names_are_no_markup() -> None:
     hostile = '"><script>alert(1)</script>'
     for chart in (
         line_chart(hostile, {hostile: ([1, 2], [1, 2]), "b": ([1], [1])}, hostile, hostile),
-        parts_chart(hostile, {hostile: {hostile: 1.0}}, hostile),
+        breakdown_chart(hostile, {hostile: {hostile: 1.0}}, hostile),
     ):
         assert "<script" not in chart
         assert "alert(1)" in chart
 
 
 def test_bars_are_as_long_as_their_parts() -> None:
-    chart = parts_chart("Time", {"a": {"data": 1.0, "forward": 3.0}, "b": {"forward": 2.0}}, "ms")
+    chart = breakdown_chart("Time", {"a": {"data": 1.0, "forward": 3.0}, "b": {"forward": 2.0}}, "ms")
     widths = [float(found) for found in re.findall(r'<rect x="[\d.]+" y="\d+" width="([\d.]+)"', chart)]
     assert widths == pytest.approx([WIDTH / 4, 3 * WIDTH / 4, 0, WIDTH / 2], abs=0.1)
     assert "a: 4 ms" in chart

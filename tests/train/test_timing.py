@@ -19,7 +19,7 @@ from sslvit.train import forecast
 from sslvit.train.callbacks.base import mean_over_ranks
 from sslvit.train.callbacks.run_log import RunLog
 from sslvit.train.folder import RunFolder
-from sslvit.train.timing import MAX_TIMESTAMPS, PARTS, Clock, WaitForData
+from sslvit.train.timing import MAX_TIMESTAMPS, PHASES, Clock, WaitForData
 
 PAUSE = 0.25
 
@@ -63,8 +63,8 @@ def test_a_part_that_takes_long_is_named(
     folder = run(shards, tmp_path / "run", **{"train.micro_batch_size": 4, "train.steps": 4, "train.log_every": 2})
     passes = 1 if part == "optimizer" else 2
     for line in folder.read_metrics():
-        taken = {name: line[f"time/{name}"] for name in PARTS}
-        assert taken == {name: PAUSE * passes if name == part else 0 for name in PARTS}
+        taken = {name: line[f"time/{name}"] for name in PHASES}
+        assert taken == {name: PAUSE * passes if name == part else 0 for name in PHASES}
         assert line["time/images_per_second"] == pytest.approx(8 / (PAUSE * passes), rel=0.3)
     assert ("waiting for data" in capsys.readouterr().out) == (part == "data")
 
@@ -214,8 +214,8 @@ def test_many_moments_are_added_up_before_a_line_is_due(monkeypatch: pytest.Monk
         for ended in ("data", "forward", "callbacks"):
             clock.mark(ended)
     assert len(clock.timestamps) <= MAX_TIMESTAMPS
-    assert clock.pop() == {part: MAX_TIMESTAMPS if part in ("data", "forward") else 0 for part in PARTS}
-    assert clock.pop() == dict.fromkeys(PARTS, 0)
+    assert clock.pop() == {part: MAX_TIMESTAMPS if part in ("data", "forward") else 0 for part in PHASES}
+    assert clock.pop() == dict.fromkeys(PHASES, 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

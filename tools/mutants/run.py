@@ -91,6 +91,13 @@ def _wait(child: int, seconds: float) -> int:
     return HUNG
 
 
+def undefined_names(code: str) -> set[str]:
+    """Names that a file uses and does not have (shapes of jaxtyping are among them), and that it cannot be parsed."""
+    ruff = ["ruff", "check", "--isolated", "--select", "F821", "--output-format", "json", "-"]
+    found = json.loads(subprocess.run(ruff, input=code, capture_output=True, text=True).stdout)
+    return {one["message"] for one in found}
+
+
 def try_fault(tree: Path, fault: Fault, log: Path) -> str:
     """What became of it: caught, survived, or what is wrong with it."""
     source = tree / fault.file
@@ -99,7 +106,10 @@ def try_fault(tree: Path, fault: Fault, log: Path) -> str:
         return f"stale: its text stands in {fault.file} {whole.count(fault.text)} times"
     if fault.text == fault.replacement:
         return "stale: it changes nothing"
-    source.write_text(whole.replace(fault.text, fault.replacement))
+    faulty = whole.replace(fault.text, fault.replacement)
+    if new := undefined_names(faulty) - undefined_names(whole):
+        return f"broken: any test would fail, as of {', '.join(sorted(new))}"
+    source.write_text(faulty)
     try:
         status = run_tests(tree, fault.tests, log)
     finally:

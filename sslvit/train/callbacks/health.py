@@ -28,7 +28,7 @@ from sslvit.train.folder import RunFolder
 logger = logging.getLogger(__name__)
 
 MIN_CHECKS = 3  # that a verdict rests on; in long runs as many as fit in one fiftieth of their steps
-RUN_PARTS = 50
+CHECKS_PER_RUN = 50
 MAX_ROWS = 512  # of features, whose spectrum is taken on the CPU
 CURVE_LOOKS = 20  # at the curve of the loss, in the second half of a run
 FAIL_FRACTION = 0.8  # of the last checks with a symptom make a collapse; as many without one make a recovery
@@ -82,7 +82,7 @@ class Health(StepCallback):
 
     def __init__(self, folder: RunFolder, run: RunPlan, every: int) -> None:
         self.folder, self.total_steps, self.every = folder, run.total_steps, every
-        self.checks_needed = max(MIN_CHECKS, run.total_steps // (RUN_PARTS * every))
+        self.checks_needed = max(MIN_CHECKS, run.total_steps // (CHECKS_PER_RUN * every))
         self.checks: list[str | None] = []  # symptoms of the last checks, None for a healthy one
         self.messages: list[dict[str, Any]] = []
         self.verdict = NOT_CHECKED
@@ -102,7 +102,7 @@ class Health(StepCallback):
             if trainer.is_global_zero:
                 self.judge(not_finite(measures, module.optim), measures, is_skipped=True)
             return
-        logged = {name: all_gather(torch.cat(parts)) for name, parts in module.logged_features.items()}
+        logged = {name: all_gather(torch.cat(tensors)) for name, tensors in module.logged_features.items()}
         measures = measure(logged)
         for name, value in measures.items():
             module.record(f"health/{name}", torch.tensor(value, dtype=torch.float64))

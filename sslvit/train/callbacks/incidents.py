@@ -108,8 +108,8 @@ class Incidents(StepCallback):
             for number in range(data.run.accumulation_steps):
                 batch = data.prepare(dataset[before * data.run.accumulation_steps + number])
                 name = f"batch-rank-{trainer.global_rank:05d}-{number}.safetensors"
-                with new_file(self.folder.incident / name) as part:
-                    save_file(as_tensors(batch), part, {"first_row": str(batch.first_row)})
+                with new_file(self.folder.incident / name) as temporary:
+                    save_file(as_tensors(batch), temporary, {"first_row": str(batch.first_row)})
                 names.append([self.index.key(sample) for sample in batch.samples.tolist()])
         save_checkpoint(trainer, self.folder.incident / "state.ckpt", waits=True)
         if trainer.is_global_zero:

@@ -35,7 +35,7 @@ class Ledger(StepCallback):
     ) -> None:
         self.folder, self.index, self.plan, self.limit, self.writes_keys = folder, index, plan, limit, writes_keys
         self.earlier: dict[str, dict[str, Any]] = {}  # from the checkpoint: the same on every rank
-        self.own: dict[str, dict[str, Any]] = {}  # met by this rank since
+        self.of_rank: dict[str, dict[str, Any]] = {}  # met by this rank since
         self.merged: dict[str, dict[str, Any]] = {}  # of all ranks, when they last exchanged theirs
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -48,7 +48,7 @@ class Ledger(StepCallback):
     def on_micro_batch(self, trainer: pl.Trainer, batch: Batch) -> None:
         """Note what could not be read, and, where asked, what was."""
         for key, reason in batch.unreadable.items():
-            entry = self.own.setdefault(key, {"key": key, "reason": reason, "times": 0})
+            entry = self.of_rank.setdefault(key, {"key": key, "reason": reason, "times": 0})
             entry["times"] += 1
         if self.writes_keys and not isinstance(self.index, StreamIndex):  # of which check_data refuses a ledger
             rows = zip(batch.samples.tolist(), batch.epochs.tolist(), strict=True)
@@ -83,7 +83,7 @@ class Ledger(StepCallback):
     def exchange(self) -> dict[str, dict[str, Any]]:
         """Unreadable samples of the whole run, by key; all ranks call it."""
         merged = {key: dict(entry) for key, entry in self.earlier.items()}
-        for entries in all_gather_objects(self.own):
+        for entries in all_gather_objects(self.of_rank):
             for key, entry in entries.items():
                 before = merged.get(key, {"times": 0})["times"]
                 merged[key] = entry | {"times": entry["times"] + before}

@@ -72,7 +72,7 @@ class RunLog(StepCallback):
         line["time/images_per_second"] = done * self.run.global_batch_size / (now - self.last)
         if self.mfu_per_throughput is not None:
             line["time/mfu"] = line["time/images_per_second"] * self.mfu_per_throughput
-        line |= {f"time/{part}": value for part, value in zip(seconds, means, strict=True)}
+        line |= {f"time/{phase}": value for phase, value in zip(seconds, means, strict=True)}
         line["time/elapsed"] = self.elapsed(now)
         append_lines(self.folder.metrics, [line])
         numbers = {name: value for name, value in line.items() if name not in (*module.records, "step")}

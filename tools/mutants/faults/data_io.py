@@ -342,7 +342,7 @@ FAULTS = [
         "What fills up the last batch of an evaluation counts",
         "sslvit/data/plan.py",
         "samples.clip(max=self.samples - 1), samples < self.samples",
-        "places.clip(max=self.samples - 1), places <= self.samples",
+        "samples.clip(max=self.samples - 1), samples <= self.samples",
         (f"{PLAN}::test_evaluation_covers_each_sample_once_on_any_number_of_ranks",),
     ),
     # mixtures
@@ -385,14 +385,14 @@ FAULTS = [
     Fault(
         "What the index says of a shard's bytes is not compared",
         "sslvit/data/remote.py",
-        "        if sha256 is not None and sha256_of(part) != sha256:\n",
+        "        if sha256 is not None and sha256_of(partial) != sha256:\n",
         "        if False:\n",
         (f"{REMOTE}::test_a_damaged_shard_on_the_server_is_bad_samples",),
     ),
     Fault(
         "A dropped transfer begins anew",
         "sslvit/data/remote.py",
-        "        start = _length(part)\n",
+        "        start = _length(partial)\n",
         "        start = 0\n",
         (f"{REMOTE}::test_a_dropped_transfer_goes_on_where_it_was",),
     ),
@@ -470,7 +470,7 @@ FAULTS = [
     Fault(
         "A file is renamed before it is on the disk",
         "sslvit/files.py",
-        "        if sync:\n            _sync(part)\n",
+        "        if sync:\n            _sync(temporary)\n",
         "",
         ("tests/test_files.py",),
     ),
@@ -499,7 +499,7 @@ FAULTS = [
         "The held-out share is rounded down",
         "sslvit/data/sources.py",
         "round(fraction * len(of_class))",
-        "int(share * len(of_class))",
+        "int(fraction * len(of_class))",
         (f"{PACK}::test_each_class_gives_its_last_images_and_keeps_one",),
     ),
     Fault(
@@ -605,7 +605,7 @@ FAULTS = [
         "A stream longer than the buffer is read in its order",
         "sslvit/data/stream.py",
         "slot = int(generator.integers(BUFFER))",
-        "place = 0",
+        "slot = 0",
         (f"{STREAM}::test_a_stream_longer_than_the_buffer_is_shuffled_too",),
     ),
     Fault(
@@ -655,7 +655,7 @@ FAULTS = [
         "The statistics of a mixture do not depend on its shares in the settings",
         "sslvit/data/open.py",
         "return JoinedIndex(sources, rows), MixturePlan(plans)",
-        "return JoinedIndex(parts, [1] * len(parts)), MixturePlan(plans)",
+        "return JoinedIndex(sources, [1] * len(sources)), MixturePlan(plans)",
         (f"{PLAN}::test_settings_of_the_data_reach_what_reads_it",),
     ),
     Fault(
@@ -676,7 +676,7 @@ FAULTS = [
         "--max-pixels is ignored when images are stored",
         "sslvit/data/store.py",
         "read_header(content, settings.max_pixels, ",
-        "read_header(content, MAX_PIXELS, ",
+        "read_header(content, 10**12, ",
         (f"{STORE}::test_an_image_of_more_pixels_than_allowed_is_left_out",),
     ),
     Fault(
@@ -690,7 +690,7 @@ FAULTS = [
         "Two parts of a packing write the same shards",
         "sslvit/data/pack.py",
         "[number - 1 :: count]",
-        "[(number - 1) // 2 :: of]",
+        "[(number - 1) // 2 :: count]",
         (f"{PACK}::test_any_number_of_workers_and_parts_gives_the_same_bytes",),
     ),
 ]

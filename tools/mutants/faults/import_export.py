@@ -69,8 +69,8 @@ FAULTS = [
     Fault(
         "Exports to transformers swap keys and values",
         f"{LAYOUTS}/transformers.py",
-        'for part in ("query", "key", "value")',
-        'for part in ("query", "value", "key")',
+        'for name in ("query", "key", "value")',
+        'for name in ("query", "value", "key")',
         (OPENS,),
     ),
     Fault(
@@ -176,8 +176,8 @@ FAULTS = [
     Fault(
         "TensorFlow's keys and queries change places",
         f"{LAYOUTS}/openai_igpt.py",
-        'for part in "qkv"]',
-        'for part in "kqv"]',
+        'for word in "qkv"]',
+        'for word in "kqv"]',
         ("tests/tasks/test_igpt_golden.py",),
     ),
     Fault(
@@ -612,8 +612,8 @@ FAULTS = [
     Fault(
         "A card calls the untrained encoder's row its own",
         "sslvit/exporters/card.py",
-        "for row, value in named.items() if value == own]",
-        "for row, value in named.items() if value != own]",
+        "for row, value in named.items() if value == fingerprint]",
+        "for row, value in named.items() if value != fingerprint]",
         (f"{EXPORT}::test_a_card_shows_the_whole_table_of_scores",),
     ),
     Fault(

@@ -698,6 +698,6 @@ FAULTS = [
         BLOCKS,
         "images = max(WEIGHTS_AT_ONCE // (heads",
         "images = max(2**40 // (heads",
-        ("tests/models/test_encoder.py::test_attention_in_parts_of_a_batch_is_that_of_the_whole",),
+        ("tests/models/test_encoder.py::test_attention_in_chunks_of_a_batch_is_that_of_the_whole",),
     ),
 ]

@@ -558,15 +558,15 @@ FAULTS = [
     Fault(
         "The decoder's mask tokens have no positions",
         MAE,
-        "tokens = torch.cat([prefix, places], 1) + positions",
-        "tokens = torch.cat([prefix, places], 1)",
+        "tokens = torch.cat([prefix, patches], 1) + positions",
+        "tokens = torch.cat([prefix, patches], 1)",
         OF_MAE,
     ),
     Fault(
         "The decoder puts visible tokens back in the order of their noise",
         MAE,
-        "places = places.scatter(1, visible[:, :, None].expand_as(seen), seen)",
-        "places = torch.cat([seen, places[:, seen.shape[1] :]], 1)",
+        "patches = patches.scatter(1, visible[:, :, None].expand_as(seen), seen)",
+        "patches = torch.cat([seen, patches[:, seen.shape[1] :]], 1)",
         OF_MAE,
     ),
     Fault(
@@ -910,7 +910,7 @@ FAULTS = [
         "Top-p leaves out the color that reaches it",
         SAMPLING,
         "units.cumsum(1) - units >=",
-        "parts.cumsum(1) >=",
+        "units.cumsum(1) >=",
         OF_SAMPLING,
     ),
     Fault(
@@ -989,8 +989,8 @@ FAULTS = [
     Fault(
         "A trained encoder's positions are left out where they were learned",
         START,
-        "own | {key: value for key, value in given.items() if key in own}",
-        'own | {key: value for key, value in given.items() if key in own and key != "pos_embed"}',
+        "fresh | {key: value for key, value in given.items() if key in fresh}",
+        'fresh | {key: value for key, value in given.items() if key in fresh and key != "pos_embed"}',
         ("tests/tasks/test_start.py",),
     ),
     # ---- likelihood

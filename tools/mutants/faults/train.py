@@ -279,7 +279,7 @@ FAULTS = [
     Fault("Unreadable samples are counted once, however often they are met", LEDGERS,
           'entry["times"] + before', "max(entry[\"times\"], before)", (LEDGER,)),
     Fault("Unreadable samples of other ranks do not count", LEDGERS,
-          "in all_gather_objects(self.own):", "in [self.own]:", (LEDGER,)),
+          "in all_gather_objects(self.of_rank):", "in [self.of_rank]:", (LEDGER,)),
     Fault("Unreadable samples are forgotten at a resume", LEDGERS,
           "self.earlier.items()}", "{}.items()}", (LEDGER,)),
     Fault("A share of what was read is compared with one rank's step", LEDGERS,
@@ -289,7 +289,7 @@ FAULTS = [
           (LEDGER,)),
     # ---- checkpoints
     Fault("A checkpoint takes its place before the disk has it", "sslvit/files.py",
-          "            _sync(part)\n", "            pass\n", (KEPT,)),
+          "            _sync(temporary)\n", "            pass\n", (KEPT,)),
     Fault("A checkpoint's new name is not synced", "sslvit/files.py",
           "            _sync(path.parent)\n", "            pass\n", (KEPT,)),
     Fault("The oldest checkpoints are kept instead of the newest", CHECKPOINT_IO,

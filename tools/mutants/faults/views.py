@@ -57,7 +57,7 @@ FAULTS = [
         "Evaluation sees a random crop",
         "sslvit/data/loader.py",
         "    view = view or center_view(encoder)\n",
-        "    view = view or CropSettings()\n",
+        "    from sslvit.settings.views import CropSettings\n\n    view = view or CropSettings()\n",
         ("tests/data/test_loader.py",),
     ),
     Fault(
@@ -617,7 +617,7 @@ FAULTS = [
         "Rows of several epochs lose their order",
         "sslvit/data/views.py",
         "        whole[rows] = values\n",
-        "        whole[np.sort(rows)[::-1]] = part\n",
+        "        whole[np.flatnonzero(rows)[::-1]] = values\n",
         (
             "tests/data/test_views.py",
             "tests/data/test_resample.py",
@@ -637,7 +637,7 @@ FAULTS = [
         "The largest drawing on the canvas never occurs",
         "sslvit/data/views.py",
         "length = smallest + np.floor(uniform[:, 0] * (largest - smallest + 1))",
-        "length = least + np.floor(uniform[:, 0] * (most - least))",
+        "length = smallest + np.floor(uniform[:, 0] * (largest - smallest))",
         (
             "tests/data/test_views.py",
             "tests/data/test_resample.py",
@@ -926,7 +926,7 @@ FAULTS = [
         "Substitutes are counted from the rank's own rows",
         "sslvit/data/loader.py",
         "candidate = (first_row + row + distance) %",
-        "place = (row + further) %",
+        "candidate = (row + distance) %",
         ("tests/data/test_reader.py",),
     ),
     Fault(
@@ -947,7 +947,7 @@ FAULTS = [
         "Micro-batches of a rank interleave with other ranks'",
         "sslvit/data/loader.py",
         "first_row = (self.rank * self.accumulation_steps + micro_step) * self.micro",
-        "first_row = (part * self.accumulation_steps + self.rank) * self.micro",
+        "first_row = (micro_step * self.accumulation_steps + self.rank) * self.micro",
         ("tests/data/test_loader.py",),
     ),
     Fault(
@@ -975,7 +975,7 @@ FAULTS = [
         "The chosen samples of an evaluation are the first ones",
         "sslvit/data/loader.py",
         "samples = rows if self.subset is None else self.subset[rows]",
-        "samples = places",
+        "samples = rows",
         ("tests/data/test_loader.py",),
     ),
     Fault(
@@ -1129,7 +1129,7 @@ FAULTS = [
         "A palette sees the upper left of each image",
         "sslvit/data/pixels.py",
         ".permutation(image_size**2)[:per_image]",
-        ".permutation(each)",
+        ".permutation(per_image)",
         ("tests/data/test_pixels.py",),
     ),
     Fault(
