@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import glob
-import hashlib
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
 from filelock import FileLock
 
-from sslvit.data.header import MODES, BadImage
-from sslvit.data.index import ShardIndex, load_index, read_index, unlisted_warning
+from sslvit.data.header import MODES
+from sslvit.data.index import ShardIndex, load_index, unlisted_warning
 from sslvit.data.mixture import Index, JoinedIndex, MixturePlan, Plan, split_by_weight
 from sslvit.data.open_folder import Check, channels_of, open_image_folder
+from sslvit.data.open_names import PATTERN_CHARACTERS, expand, index_named, open_address, open_pattern
 from sslvit.data.plan import EpochPlan
 from sslvit.data.python_data import given_index
-from sslvit.data.records import CHECKED_BYTES, RECORD, is_url, sha256_of
+from sslvit.data.records import is_url
 from sslvit.data.remote import ShardCache
-from sslvit.data.scan import index_names, index_shards
-from sslvit.data.schema import checked_index, parse_json
+from sslvit.data.scan import index_shards
 from sslvit.data.sources import ImageSource
 from sslvit.data.stream import StreamIndex
 from sslvit.data.subset import limit_samples
 from sslvit.files import expand_path, printable
 from sslvit.settings import DataSettings, RunSettings
-from sslvit.settings.data import PIPE, is_given
+from sslvit.settings.data import is_given
 from sslvit.settings.task import TaskSettings
 
 logger = logging.getLogger(__name__)
 
-HEADER_BYTES = 4096  # of an .npy file, at most
-PATTERN_CHARACTERS = "{*?["
 USAGE = "Pass a folder of images or of shards (sslvit shards pack SRC DST)."
 
 
@@ -147,13 +139,13 @@ def open_shards(source: str | Path, cache: ShardCache | None = None, check: Chec
         raise FileNotFoundError(f"no data given. {USAGE}")
     if not path.is_dir():  # a folder may be called anything, also like a pattern
         if any(sign in name for sign in PATTERN_CHARACTERS) or name.endswith(".tar"):
-            return _open_pattern(name, cache)
+            return open_pattern(name, cache)
         if is_url(name):
-            return _open_address(name, cache)
+            return open_address(name, cache)
         raise FileNotFoundError(f"{printable(path)} is not a folder. {USAGE}")
     if any(path.glob("*.tar")) and not (path / "packing").is_dir():
         if not os.access(path, os.W_OK):  # someone else's folder: its index is kept in the cache
-            return _index_names(name, [str(tar) for tar in sorted(path.glob("*.tar"))], cache)
+            return index_named(name, [str(tar) for tar in sorted(path.glob("*.tar"))], cache)
         with FileLock(path / ".index.lock"):  # every rank of a run comes here at once
             if not (path / "index.json").exists():
                 logger.info(f"{printable(path)}: shards without an index; indexing them once.")
@@ -216,151 +208,8 @@ def shard_cache(settings: DataSettings) -> ShardCache:
     return ShardCache(settings.cache, settings.cache_gb)
 
 
-def expand(pattern: str) -> list[str]:
-    """The names that a pattern stands for: shard-{00..99}.tar as WebDataset expands it, shards/*.tar as a shell does.
-
-    Raises:
-        ValueError: braces that do not close.
-        FileNotFoundError: no file matches.
-    """
-    if os.path.exists(pattern):
-        return [pattern]
-    try:
-        names = list(braceexpand(pattern, escape=False))
-    except ValueError as error:
-        raise ValueError(
-            f"data.shards: {printable(pattern)}: braces that do not close. Example: shard-{{000..099}}.tar"
-        ) from error
-    found: list[str] = []
-    for name in names:
-        if is_url(name) or name.startswith(PIPE) or not any(sign in name for sign in "*?["):
-            found.append(name)
-            continue
-        matches = sorted(glob.glob(name, recursive=True))
-        if not matches:
-            raise FileNotFoundError(f"data.shards: no file matches {printable(name)}.")
-        found += matches
-    return found
-
-
 def _plan(index: ShardIndex, settings: DataSettings, batch: int, seed: int) -> EpochPlan:
     lanes = settings.lanes
     if settings.mixture and lanes:
         lanes = int(np.gcd(lanes, batch))
     return EpochPlan(index.shard_samples, batch, seed, lanes, settings.window_shards)
-
-
-def _open_pattern(pattern: str, cache: ShardCache) -> ShardIndex:
-    """Some shards of a folder or an address: those of its index if it lists them all, otherwise indexed once."""
-    names = expand(pattern)
-    folder = names[0].rpartition("/")[0] or "."
-    is_one_folder = all((name.rpartition("/")[0] or ".") == folder for name in names)
-    if is_one_folder:
-        with suppress(FileNotFoundError):  # no index there
-            whole = _open_address(folder, cache) if is_url(folder) else load_index(folder)
-            selected = _select_shards(whole, [name.rpartition("/")[2] for name in names])
-            if selected is not None:
-                return selected
-    return _index_names(pattern, names, cache)
-
-
-def _select_shards(whole: ShardIndex, names: list[str]) -> ShardIndex | None:
-    """The part of an index that some of its shards make up; None if it does not list them all.
-
-    The records of shards that follow each other stay in the file, which may be larger than this machine's memory.
-    """
-    number_of = {shard.name: number for number, shard in enumerate(whole.shards)}
-    if not all(name in number_of for name in names):
-        return None
-    numbers = np.array([number_of[name] for name in names])
-    if (np.diff(numbers) == 1).all():
-        records = whole.records[whole.first_of_shard[numbers[0]] : whole.first_of_shard[numbers[-1] + 1]]
-    else:
-        of_shards = [whole.records[whole.first_of_shard[n] : whole.first_of_shard[n + 1]] for n in numbers]
-        records = np.concatenate(of_shards)
-    return dataclasses.replace(whole, shards=[whole.shards[n] for n in numbers], records=records)
-
-
-def _index_names(pattern: str, names: list[str], cache: ShardCache) -> ShardIndex:
-    """Index shards wherever they lie; the result is kept in the cache under the shards' names and versions."""
-    names = [name if is_url(name) else str(Path(name).resolve()) for name in names]
-    try:
-        versions = _versions(names, cache)
-    except BadImage as error:
-        raise FileNotFoundError(f"data.shards: {error}") from error
-    folder = cache.folder / f"index-{hashlib.sha256(repr((names, versions)).encode()).hexdigest()[:32]}"
-    length_of = {name: int(version["length"]) for name, version in zip(names, versions, strict=True)
-                 if is_url(name) and version.get("length", "").isdecimal()}  # fmt: skip
-
-    def path_of(name: str) -> Path:
-        try:
-            path = cache.get(name, expected=length_of.get(name)) if is_url(name) else Path(name)
-        except BadImage as error:
-            raise FileNotFoundError(f"data.shards: {error}") from error
-        if not path.exists():
-            raise FileNotFoundError(f"data.shards: {name} does not exist (of {pattern}).")
-        return path
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".index.lock"):
-        reason = "shards without an index; indexing them once."
-        if (folder / "index.json").exists():
-            try:
-                return _read_cached(folder, pattern, cache)
-            except ValueError as error:
-                reason = f"the cached index of these shards is damaged, so they are indexed again ({error})"
-        logger.info(f"{printable(pattern)}: {reason}")
-        index_names(pattern, names, path_of).save(folder)
-        index = _read_cached(folder, pattern, cache)
-        for shard in index.shards:
-            if is_url(shard.name):
-                cache.rename_to_digest(shard.name, shard.sha256)
-        return index
-
-
-def _read_cached(folder: Path, pattern: str, cache: ShardCache) -> ShardIndex:
-    content, records = (folder / "index.json").read_bytes(), folder / "index.npy"
-    return dataclasses.replace(read_index(content, records, pattern, cached_in=str(folder)), cache=cache)
-
-
-def _versions(names: list[str], cache: ShardCache) -> list[Any]:
-    """What tells replaced shards from those that were indexed: lengths and times, and what a server says."""
-    addresses = [name for name in names if is_url(name)]
-    of_address = dict(zip(addresses, cache.versions(addresses), strict=True)) if addresses else {}
-    versions: list[Any] = []
-    for name in names:
-        if is_url(name):
-            versions.append(of_address[name])
-        elif os.path.exists(name):
-            about = os.stat(name)
-            versions.append((about.st_size, about.st_mtime_ns))
-        else:
-            versions.append(None)
-    return versions
-
-
-def _open_address(address: str, cache: ShardCache) -> ShardIndex:
-    """The index that lies beside shards on the network."""
-    address = address.rstrip("/")
-    try:
-        content = cache.get(f"{address}/index.json").read_bytes()
-        about = checked_index(parse_json(content))
-        (split,) = about["splits"].values()
-        max_bytes = HEADER_BYTES + RECORD.itemsize * split["num_samples"]
-        sha256 = about["records_sha256"]
-        records = cache.get(f"{address}/index.npy", sha256=sha256, max_bytes=max_bytes)
-        if records.stat().st_size <= CHECKED_BYTES and sha256_of(records) != sha256:  # on this machine's disk, by now
-            records.unlink()
-            records = cache.get(f"{address}/index.npy", sha256=sha256, max_bytes=max_bytes)
-    except BadImage as error:
-        if "checksum" in str(error):
-            raise ValueError(
-                f"{address}/index.npy: not the one that index.json describes. Upload both again."
-            ) from error
-        raise FileNotFoundError(
-            f"{address}: no index there ({error}). Run sslvit shards index where the shards lie and upload index.json "
-            "and index.npy beside them, or name the shards: ADDRESS/shard-{000000..000099}.tar"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{printable(address)}/index.json: {error}. Index the shards again and upload it.") from error
-    return dataclasses.replace(read_index(content, records, address), cache=cache)

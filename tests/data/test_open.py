@@ -11,7 +11,8 @@ from shard_fixtures import numbered_shards, numbers_of, png, write_tar
 from sslvit.data.index import load_index
 from sslvit.data.inspect import describe_shards
 from sslvit.data.mixture import JoinedIndex
-from sslvit.data.open import check_present, expand, open_shards
+from sslvit.data.open import check_present, open_shards
+from sslvit.data.open_names import expand
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_shards
 

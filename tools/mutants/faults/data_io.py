@@ -168,21 +168,21 @@ FAULTS = [
     # opening
     Fault(
         "A kept index does not notice that shards were replaced",
-        "sslvit/data/open.py",
+        "sslvit/data/open_names.py",
         "repr((names, versions))",
         "repr(names)",
         (f"{REMOTE}::test_a_shard_without_an_index_that_is_replaced_on_the_server_is_indexed_anew",),
     ),
     Fault(
         "Local shards that were replaced are read by their old index",
-        "sslvit/data/open.py",
+        "sslvit/data/open_names.py",
         "versions.append((about.st_size, about.st_mtime_ns))",
         "versions.append(())",
         (f"{OPEN}::test_local_shards_that_were_replaced_are_indexed_anew",),
     ),
     Fault(
         "Network shards without an index are stored twice",
-        "sslvit/data/open.py",
+        "sslvit/data/open_names.py",
         "                cache.rename_to_digest(shard.name, shard.sha256)\n",
         "                pass\n",
         (f"{REMOTE}::test_shards_without_an_index_are_fetched_once",),
@@ -224,7 +224,7 @@ FAULTS = [
     ),
     Fault(
         "A pattern gives its shards in the order of the index",
-        "sslvit/data/open.py",
+        "sslvit/data/open_names.py",
         "numbers = np.array([number_of[name] for name in names])",
         "numbers = np.array(sorted(number_of[name] for name in names))",
         (f"{OPEN}::test_a_pattern_leaves_the_records_of_neighbors_in_their_file",),
