@@ -6,6 +6,8 @@ $PHOTOS may name a folder of class folders instead, and $CIFAR10 an archive with
 
 from __future__ import annotations
 
+import ast
+import importlib
 import io
 import os
 import re
@@ -13,6 +15,7 @@ import shlex
 import shutil
 import tarfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from hub_fixtures import Hub
 from PIL import Image
 from wheel_fixtures import run
 
+import sslvit
 from sslvit.cli import read_command
 
 pytest_plugins = ["wheel_fixtures"]
@@ -201,6 +205,24 @@ def test_a_page_runs_as_it_is_written(page: Path, world: World) -> None:
             world.type(snippet.text)
     (world.folder / "snippets.py").write_text(f"{python}")
     world.type("python snippets.py")
+
+
+@pytest.mark.parametrize("page", sorted(
+    str(page.relative_to(ROOT)) for page in [*PAGES, *ROOT.glob("docs/learn/*.md"), *ROOT.glob("docs/examples/*.py")]
+))  # fmt: skip
+def test_names_that_a_page_imports_exist(page: str) -> None:
+    """Those of the package, also in snippets that cannot be run here."""
+    path = ROOT / page
+    blocks = [path.read_text()] if path.suffix == ".py" else [one.text for one in snippets_of(path) if one.is_python]
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sslvit":
+                module = importlib.import_module(node.module or "")
+                for name in node.names:
+                    is_module = hasattr(module, "__path__") and find_spec(f"{node.module}.{name.name}")
+                    assert is_module or hasattr(module, name.name), f"{page}: {node.module} has no {name.name}"
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sslvit":
+                assert hasattr(sslvit, node.attr), f"{page}: sslvit has no {node.attr}"
 
 
 @pytest.mark.parametrize("page", sorted(str(page.relative_to(ROOT)) for page in [
