@@ -27,6 +27,9 @@ from sslvit.plugins import use_plugin
 from sslvit.stopping import TRY_AGAIN, Preempted, RankLost, finishing, is_first_process, requeue, stopping_at_once
 
 MAX_MESSAGE = 1000  # characters
+# Rounds in which a thread of OpenMP waits for the others before it sleeps; by default it burns milliseconds, in which a
+# core that is shared with another process does nothing (docs/performance.md).
+SPIN_COUNT = "10000"
 COMMANDS: Mapping[str, Function] = {
     "demo": training.run_demo,
     "shards pack": packing.run_pack,
@@ -76,6 +79,8 @@ KEPT = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors of the user's making are one line, without a traceback."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported
     with finishing(is_process_ending=arguments is None):  # its exit code is decided; a scheduler is still to be asked
         return _run(sys.argv[1:] if arguments is None else arguments)
 

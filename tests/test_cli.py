@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sslvit
-from sslvit.cli import COMMANDS, main, make_parser, read_command
+from sslvit.cli import COMMANDS, SPIN_COUNT, main, make_parser, read_command
 from sslvit.commands.arguments import read_changes
 from sslvit.environment import explain
 from sslvit.evaluate.probe import in_words
@@ -725,3 +725,19 @@ def test_ctrl_c_while_modules_are_loaded_is_one_line(monkeypatch, capsys: pytest
 def test_a_bench_is_no_recipe_and_says_its_command() -> None:
     with pytest.raises(ValueError, match="bench/cifar10.?: a bench, and no recipe. Run it: sslvit bench cifar10"):
         load_recipe("bench/cifar10")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_that_wait_give_their_core_away_unless_the_user_decides(
+    variables: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what follows is undone
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["recipes", "mae/digits"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
