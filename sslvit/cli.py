@@ -27,8 +27,8 @@ from sslvit.plugins import use_plugin
 from sslvit.stopping import TRY_AGAIN, Preempted, RankLost, finishing, is_first_process, requeue, stopping_at_once
 
 MAX_MESSAGE = 1000  # characters
-# Rounds in which a thread of OpenMP waits for the others before it sleeps; by default it burns milliseconds, in which a
-# core that is shared with another process does nothing (docs/performance.md).
+# Rounds that a waiting OpenMP thread spins before it sleeps. By default it spins for milliseconds, during which another
+# process cannot use its core (docs/performance.md).
 SPIN_COUNT = "10000"
 COMMANDS: Mapping[str, Function] = {
     "demo": training.run_demo,

@@ -75,7 +75,7 @@ def run_import(options: ImportOptions) -> None:
     out = Path(options.out)
     destination.check(out, may_overwrite=False)
     encoder = load_encoder(options.checkpoint, options.layout, options.heads, **foreign_overrides(options))
-    temporary = destination.make_part(out)
+    temporary = destination.make_temporary(out)
     with destination.complete_or_removed(temporary):
         save_encoder(encoder, temporary, provenance_of(options.checkpoint, options.weights))
     destination.move_into_place(temporary, out)

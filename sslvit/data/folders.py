@@ -52,19 +52,19 @@ def folder_source(source: Path) -> ImageSource:
     empty = []
     with track_counter(f"looking through {printable(source)}", None) as counter:
 
-        def found(path: str) -> Sample:
+        def sample_of(path: str) -> Sample:
             counter.tick()
             return _sample(files, path, source)
 
         for entry in _entries(source, skipped):
             if _is_folder(entry):
-                images = [found(path) for path in _images_below(entry.path, source, skipped, ())]
+                images = [sample_of(path) for path in _images_below(entry.path, source, skipped, ())]
                 if images:
                     classes[entry.name] = images
                 else:
                     empty.append(entry.name)
             elif _is_image(entry, source, skipped):
-                top_level.append(found(entry.path))
+                top_level.append(sample_of(entry.path))
     if top_level and classes:
         raise ValueError(
             f"{printable(source)}: holds images ({printable(top_level[0].key + top_level[0].suffix)}, ...) beside "

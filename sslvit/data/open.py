@@ -57,8 +57,7 @@ def open_data(
     """
 
     def check(source: str, found: ImageSource) -> None:
-        numbers = channels_of(found)
-        if channels is not None and numbers:
+        if channels is not None and (numbers := channels_of(found)):
             check_channels(channels, channels if channels in numbers else min(numbers), source)
         if not settings.mixture:
             classes = None if found.classes is None else len(found.classes)

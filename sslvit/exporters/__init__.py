@@ -152,7 +152,7 @@ def export_encoder(
     exported = with_outputs(encoder, source, outputs, weights)
     known_scores(source, files, exported.encoder)
     is_fixed = exporter.check(exported, size)
-    temporary = destination.make_part(out)
+    temporary = destination.make_temporary(out)
     verdict: dict[str, Any] = {"format": kind, "outputs": outputs, "image_sizes": "fixed" if is_fixed else "any"}
     with complete_or_removed(temporary), quiet_libraries():
         failure = _write_and_verify(exporter, exported, temporary, is_fixed, verdict)

@@ -65,7 +65,7 @@ def check(out: Path, overwrite: bool = False, may_overwrite: bool = True) -> Non
         raise ValueError(f"{out}: {parent} is no folder that can be written to. Choose another one.")
 
 
-def make_part(out: Path) -> Path:
+def make_temporary(out: Path) -> Path:
     """An empty folder beside the destination, in the place of what a failed export left there."""
     temporary = out.with_name(f"{out.name}.part")
     is_leftover = temporary.is_dir() and (

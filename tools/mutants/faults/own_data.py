@@ -62,7 +62,7 @@ FAULTS = [
           "            EpochPlan([images], settings.batch_for(images, usual_batch, multiple_of), seed)\n", "",
           (f"{OWN_IMAGES}::test_what_names_and_headers_tell_is_refused_before_images_are_packed",)),
     Fault("Channels of a folder's images are looked at after packing", "sslvit/data/open.py",
-          "if channels is not None and numbers:", "if False:",
+          "if channels is not None and (numbers := channels_of(found)):", "if numbers := set():",
           (f"{OWN_IMAGES}::test_what_names_and_headers_tell_is_refused_before_images_are_packed",)),
     Fault("Neighbors are counted after packing", "sslvit/evaluate/labeled.py",
           "open_shards(settings.train, check=check)", "open_shards(settings.train)",
