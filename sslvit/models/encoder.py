@@ -295,7 +295,7 @@ class ViTEncoder(nn.Module):
     def position_table(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
         """Rows for the prefix tokens and for the patches of a grid; None where positions are not a table."""
         settings = self.settings
-        if settings.tokens == "pixel" and grid != self.position_grid and settings.pos_embed not in ROTARY:
+        if settings.has_fixed_size and grid != self.position_grid:
             raise ValueError(
                 f"a pixel sequence is tied to its size: this encoder takes {self.position_grid} pixels, not {grid}. "
                 "Resize the images (encoder.image_size)."

@@ -20,7 +20,7 @@ def resize_weights(weights: dict[str, Tensor], old: EncoderSettings, new: Encode
     They give the positions that the old weights give on the new grid.
 
     Raises:
-        ValueError: a pixel sequence, which is tied to its size.
+        ValueError: a pixel sequence whose positions are made for one size.
     """
     if old.grid == new.grid:
         return weights
@@ -46,9 +46,10 @@ def resize_weights(weights: dict[str, Tensor], old: EncoderSettings, new: Encode
 
 def check_resizable(old: EncoderSettings, new: EncoderSettings) -> None:
     """Raise ValueError unless weights for one size can be used at the other."""
-    if old.grid != new.grid and old.tokens == "pixel":
+    if old.grid != new.grid and old.has_fixed_size:
         raise ValueError(
-            f"encoder.image_size: a pixel sequence cannot be moved from {old.image_size} to {new.image_size} pixels."
+            f"encoder.image_size: a pixel sequence with encoder.pos_embed {old.pos_embed} cannot be moved from "
+            f"{old.image_size} to {new.image_size} pixels."
         )
 
 

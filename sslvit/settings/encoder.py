@@ -208,6 +208,11 @@ class EncoderSettings:
         elif self.rotary_grid is None:
             self.rotary_grid = list(self.grid)
 
+    @property
+    def has_fixed_size(self) -> bool:
+        """True for a pixel sequence whose positions are made for one image size."""
+        return self.tokens == "pixel" and self.pos_embed not in ROTARY
+
     def _forget_transformer(self) -> None:
         """Give the keys of the vision transformer, none of which holds for a backbone, the same values everywhere."""
         name = self.backbone or ""

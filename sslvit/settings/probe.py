@@ -32,9 +32,12 @@ def read_size(size: int | str | Sequence[int], settings: EncoderSettings) -> lis
     if not match or not all(int(side) for side in match.groups(match[1])):
         raise ValueError(f"--size {brief(text)}: expected a side in pixels, such as 64, or both, such as 48x64.")
     sides = [int(side) for side in match.groups(match[1])]
-    if settings.tokens == "pixel" and sides != settings.image_size:
+    if settings.has_fixed_size and sides != settings.image_size:
         trained_size = "x".join(map(str, settings.image_size))
-        raise ValueError(f"--size {text}: a pixel sequence is tied to its size ({trained_size}). Omit the option.")
+        raise ValueError(
+            f"--size {text}: a pixel sequence with encoder.pos_embed {settings.pos_embed} is tied to its size "
+            f"({trained_size}). Omit the option."
+        )
     patch = settings.patch
     if any(side % patch for side in sides):
         near = [sorted({max(side // patch, 1) * patch, -(-side // patch) * patch}) for side in sides]

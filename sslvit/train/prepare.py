@@ -20,7 +20,6 @@ from sslvit.data.transform import first_call, function_of, in_words
 from sslvit.files import counted, expand_path
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings, SupervisedSettings
-from sslvit.settings.encoder import ROTARY
 from sslvit.settings.load import brief, by_dotted_key, load_recipe, merge_recipe, recipe_names, takes_init
 from sslvit.settings.views import AugmentSettings, MultiCropSettings, TransformSettings
 from sslvit.tasks import task_class
@@ -119,7 +118,7 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
                 f"{key}: {side} is not a multiple of encoder.patch ({encoder.patch}). The next one is "
                 f"{-(-side // encoder.patch) * encoder.patch}."
             )
-    if encoder.tokens == "pixel" and data.resolutions and encoder.pos_embed not in ROTARY:
+    if encoder.has_fixed_size and data.resolutions:
         raise ValueError(
             f"data.resolutions: a pixel sequence with encoder.pos_embed {encoder.pos_embed} is tied to its size "
             "(encoder.image_size). Set encoder.pos_embed to rotary_2d, or leave data.resolutions out."

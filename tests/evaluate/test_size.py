@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from sslvit.evaluate.encoders import open_encoder
 from sslvit.evaluate.sources import FrozenEncoder, RawPixels
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
+from sslvit.settings.encoder import ROTARY
 from sslvit.settings.probe import read_size
+from sslvit.tasks.start import begin_with
 
 SMALL = {"image_size": 8, "patch": 4, "width": 16, "depth": 2, "heads": 2, "mean": [0.5] * 3, "std": [0.25] * 3}
 KINDS = ["none", "learned_1d", "learned_2d", "sincos_2d", "rotary_2d", "relative_bias"]
@@ -124,12 +127,28 @@ def test_a_size_that_cannot_be_is_refused_with_the_nearest(here: Path, size: obj
         sslvit.knn(here / "encoder", here / "train", here / "val", size=size)
 
 
-def test_a_pixel_sequence_has_one_size() -> None:
-    more = {"tokens": "pixel", "patch": 1, "class_token": False, "pooling": "mean", "image_size": 4}
-    encoder = make(**more)
+PIXELS = {"tokens": "pixel", "patch": 1, "class_token": False, "pooling": "mean", "image_size": 4, "causal": True}
+
+
+def test_a_pixel_sequence_whose_positions_are_made_for_one_size_keeps_it() -> None:
+    encoder = make(**PIXELS, pos_embed="learned_1d")
     assert open_encoder(encoder, size=4).settings.image_size == [4, 4]
-    with pytest.raises(ValueError, match=r"--size 8: a pixel sequence is tied to its size \(4x4\)"):
+    tied = r"--size 8: a pixel sequence with encoder.pos_embed learned_1d is tied to its size \(4x4\)"
+    with pytest.raises(ValueError, match=tied):
         open_encoder(encoder, size=8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ROTARY)
+def test_a_pixel_sequence_of_any_size_has_the_features_of_training_at_that_size(here: Path, positions: str) -> None:
+    encoder = make(**PIXELS, pos_embed=positions)
+    found = sslvit.embed(encoder, here / "val", size=16)
+    stored = pixels(12, 1)[[int(Path(key).stem) for key in found.keys]]
+    images = (torch.from_numpy(stored).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    torch.testing.assert_close(torch.from_numpy(found.features), encoder.features(images))
+    larger = ViTEncoder(replace(encoder.settings, image_size=[16, 16]))  # as fine-tuning at that size makes it
+    begin_with(larger, encoder, "trained", besides=("image_size",))
+    torch.testing.assert_close(larger.eval().features(images), encoder.features(images))
 
 
 def test_every_command_takes_a_size(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
