@@ -4,7 +4,7 @@ import sys
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 import sslvit
 
@@ -17,7 +17,7 @@ trainer = pl.Trainer(
     max_epochs=2,
     accumulate_grad_batches=data.run.accumulation_steps,
     callbacks=[best, EarlyStopping("val/loss"), LearningRateMonitor()],
-    logger=TensorBoardLogger("runs"),
+    logger=[TensorBoardLogger("runs"), WandbLogger(save_dir="runs", offline=True)],
 )
 trainer.fit(task, data)
 task = type(task).load_from_checkpoint(best.best_model_path)
