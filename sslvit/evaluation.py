@@ -12,7 +12,7 @@ from sslvit.data.python_data import DataLike, path_of, takes_datasets
 from sslvit.environment import pick_device
 from sslvit.evaluate import embed as embedding
 from sslvit.evaluate import probe as probing
-from sslvit.evaluate.encoders import EncoderLike, Size, open_encoder
+from sslvit.evaluate.encoders import EncoderLike, Size, keeps_devices, open_encoder
 from sslvit.evaluate.label_free import measure_health
 from sslvit.evaluate.layers import layer_numbers, plot_layers, probe_layers
 from sslvit.evaluate.probe import ProbeTable
@@ -30,6 +30,7 @@ from sslvit.settings.probe import Device, KNNSettings, Pooling, Precision
 
 @for_python
 @takes_datasets("train", "val", labels="needed")
+@keeps_devices
 def probe(
     encoder: EncoderLike,
     train: DataLike,
@@ -85,6 +86,7 @@ def probe(
 
 @for_python
 @takes_datasets("train", "val", labels="needed")
+@keeps_devices
 def knn(
     encoder: EncoderLike,
     train: DataLike,
@@ -123,6 +125,7 @@ def knn(
 
 @for_python
 @takes_datasets("train", "val", labels="read")
+@keeps_devices
 def compare(
     encoders: Mapping[str, EncoderLike] | Sequence[str | Path],
     train: DataLike,
@@ -163,6 +166,7 @@ def compare(
 
 @for_python
 @takes_datasets("data")
+@keeps_devices
 def health(
     encoder: EncoderLike,
     data: DataLike,
@@ -230,6 +234,7 @@ def _measured(encoders: dict[str, Encoder], data: str, images: int, settings: Pr
 
 @for_python
 @takes_datasets("data")
+@keeps_devices
 def embed(
     encoder: EncoderLike,
     data: DataLike,

@@ -47,9 +47,20 @@ def nearest_rows(pixels: Float[Tensor, "n c"], palette: Float[Tensor, "colors c"
     indices = torch.empty(len(pixels), dtype=torch.long, device=pixels.device)
     with torch.autocast(pixels.device.type, enabled=False):  # bf16 cannot tell neighboring colors apart
         for start in range(0, len(pixels), chunk):
-            scores = torch.addmm(offset, pixels[start : start + chunk], palette.T)
-            indices[start : start + chunk] = scores.argmax(1)
+            indices[start : start + chunk] = _scores(pixels[start : start + chunk], palette, offset).argmax(1)
     return indices
+
+
+def _scores(
+    pixels: Float[Tensor, "n c"], palette: Float[Tensor, "colors c"], offset: Float[Tensor, "colors"]
+) -> Float[Tensor, "n colors"]:
+    if pixels.device.type == "cpu":
+        return torch.addmm(offset, pixels, palette.T)
+    # beside bf16 a GPU's matrix product may be of TF32, which cannot tell neighboring colors apart either
+    scores = torch.addcmul(offset, pixels[:, :1], palette[:, 0])
+    for channel in range(1, pixels.shape[1]):
+        scores.addcmul_(pixels[:, channel : channel + 1], palette[:, channel])
+    return scores
 
 
 def colors_of(indices: Int[Tensor, "b h w"], palette: Float[Tensor, "colors c"]) -> Float[Tensor, "b c h w"]:

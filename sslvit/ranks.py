@@ -117,6 +117,9 @@ def all_ranks() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)  # else every rank's pinned memory and events would be of the first GPU
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
     with open(os.devnull, "w") as nowhere:
         try:

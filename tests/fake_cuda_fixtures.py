@@ -243,10 +243,10 @@ class _Event:
     """torch.cuda.Event, with the clock of the CPU."""
 
     def __init__(self, enable_timing: bool = False) -> None:
-        self.seconds = 0.0
+        self.seconds, self.stream = 0.0, None
 
-    def record(self) -> None:
-        self.seconds = time.perf_counter()
+    def record(self, stream: Any = None) -> None:
+        self.seconds, self.stream = time.perf_counter(), stream
 
     def synchronize(self) -> None:
         pass
@@ -262,12 +262,13 @@ def take_fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process take the device, and so does what picks one; `train.accelerator` stays cpu for Lightning."""
     monkeypatch.setattr(CPUAccelerator, "setup_device", lambda self, device: None)
     monkeypatch.setattr("sslvit.train.trainer.strategy_of", lambda *_: SingleDeviceStrategy(GPU))
-    for module in ("tasks.igpt", "evaluate.probe", "evaluate.layers", "evaluate.dense"):
+    for module in ("evaluate.probe", "evaluate.layers", "evaluate.dense", "evaluation", "reports.show"):
         monkeypatch.setattr(f"sslvit.{module}.pick_device", lambda name="auto": str(GPU))
     for module in ("linear", "dense"):  # each iteration is like the others, and here they take long
         fit = importlib.import_module(f"sslvit.evaluate.{module}").fit_logistic
         monkeypatch.setattr(f"sslvit.evaluate.{module}.fit_logistic", partial(_fit_briefly, fit))
     monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"the stream of {device}")
 
 
 def _fit_briefly(fit: Callable, values, labels, classes, strengths, used=None, *_) -> Any:

@@ -36,7 +36,8 @@ from sslvit.evaluate.sources import Features, LabeledSet
 from sslvit.models import ViTEncoder
 from sslvit.models.sampling import complete
 from sslvit.models.tokens import TOKENIZERS
-from sslvit.palette import nearest_color, squared_error, uniform_palette
+from sslvit.optim.guard import HostCopy
+from sslvit.palette import nearest_color, nearest_rows, squared_error, uniform_palette
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, OptimSettings, ProbeSettings
 from sslvit.settings.encoder import PositionKind
@@ -137,6 +138,24 @@ def test_health_takes_the_spectrum_of_a_few_features_on_the_cpu(
     monkeypatch.setattr("sslvit.train.callbacks.health.label_free", lambda features: seen.append(features) or {})
     measure({"features": on_gpu(4100, 8, dtype=torch.bfloat16)})
     assert (seen[0].device.type, len(seen[0]), seen[0].dtype) == ("cpu", 456, torch.float32)  # every ninth of 4,100
+
+
+def test_a_copy_to_the_host_is_waited_for_where_it_is_queued(fake_cuda: None) -> None:
+    """Of several processes none has made its GPU the current device of torch."""
+    copy = HostCopy(on_gpu(3))
+    assert copy.arrival.stream == f"the stream of {GPU}"
+    assert not copy.is_here
+    assert copy.read().tolist() == [1, 1, 1]
+
+
+def test_an_encoder_returns_to_its_device_and_is_drawn_from_any(shards: Path, tmp_path: Path, fake_cuda: None) -> None:
+    val, encoder = shards / "val", small_encoder().to("cpu")
+    sslvit.health(encoder, val, workers=0)
+    assert {value.device.type for value in encoder.state_dict().values()} == {"cpu"}
+    encoder.to(GPU)
+    for what in ("attention", "pca", "similarity", "distance", "field", "neighbors"):
+        assert len(sslvit.show(what, encoder, val, images=2).png) > 1000
+    assert {value.device.type for value in encoder.state_dict().values()} == {"cuda"}
 
 
 # ---- whole runs: steps, health, lines of metrics, checkpoints, scores, pictures ------------------------------------
@@ -351,6 +370,18 @@ def palettes(_: Path) -> None:
     palette = uniform_palette(1).to(GPU)
     nearest_color(images_on_gpu(), palette)
     squared_error(torch.rand(9, 1, device=GPU), palette)
+
+
+def test_a_gpu_finds_the_nearest_color_without_a_matrix_product(
+    fake_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside bf16 it would be of TF32, which takes one color for another."""
+    source = torch.Generator().manual_seed(0)
+    pixels, palette = (torch.rand(count, 3, generator=source) * 2 - 1 for count in (5000, 512))
+    expected = nearest_rows(pixels, palette)
+    assert torch.equal(expected, (pixels[:, None].double() - palette.double()).square().sum(2).argmin(1))
+    monkeypatch.setattr(torch, "addmm", None)
+    assert torch.equal(nearest_rows(pixels.to(GPU), palette.to(GPU)).cpu(), expected)
 
 
 def reconstruction(_: Path) -> None:

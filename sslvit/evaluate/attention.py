@@ -114,7 +114,7 @@ def receptive_field(
     images = images.clone().requires_grad_()
     with torch.enable_grad():
         found = features(images)
-        direction = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed)).to(found)
+        direction = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(found)
         (gradient,) = torch.autograd.grad((found * direction).sum(), images)
     field = gradient.abs().sum(1).mean(0)
     return (field / field.max().clamp(min=1e-30)).detach().cpu()

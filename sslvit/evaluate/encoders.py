@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from sslvit.checkpoint import load_encoder
 from sslvit.files import expand_path
@@ -19,8 +22,28 @@ from sslvit.settings.probe import read_size
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 EncoderLike = str | os.PathLike[str] | nn.Module  # a ViTEncoder, a Backbone, or any module from images to vectors
 Size = int | str | Sequence[int]
+
+
+def keeps_devices(function: Callable[P, R]) -> Callable[P, R]:
+    """A decorator of functions that move encoders: modules that they are given return to where they were."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        modules = [value for value in tree_leaves((args, kwargs)) if isinstance(value, nn.Module)]
+        homes = [next(itertools.chain(module.parameters(), module.buffers()), None) for module in modules]
+        devices = [None if tensor is None else tensor.device for tensor in homes]
+        try:
+            return function(*args, **kwargs)
+        finally:
+            for module, device in zip(modules, devices, strict=True):
+                module.to(device)
+
+    return call
 
 
 def open_encoder(encoder: EncoderLike, crop_fraction: float | None = None, size: Size | None = None) -> Encoder:

@@ -22,7 +22,8 @@ class BatchNormHead(nn.Sequential):
     def __init__(self, width: int, classes: int, seed: int = 0) -> None:
         linear = nn.Linear(width, classes)
         super().__init__(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
-        nn.init.trunc_normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator(linear.weight.device).manual_seed(seed)
+        nn.init.trunc_normal_(linear.weight, std=0.01, generator=generator)
         nn.init.zeros_(linear.bias)
 
 
@@ -70,7 +71,8 @@ class HeadGrid:
         self.features, self.width, self.lrs, self.classes = features, width, lrs, classes
         self.order = sorted({readout for readouts in features for readout in readouts})
         generator, rows = torch.Generator().manual_seed(seed), len(lrs) * classes
-        weights = [torch.randn(rows, width * len(readouts), generator=generator) * 0.01 for readouts in features]
+        shapes = [(rows, width * len(readouts)) for readouts in features]
+        weights = [torch.randn(shape, generator=generator, device="cpu") * 0.01 for shape in shapes]
         self.weight = [weight.to(device) for weight in weights]
         self.bias = [torch.zeros(rows, device=device) for _ in features]
         self.momentum_buffer = [

@@ -75,7 +75,7 @@ class Exported(nn.Module):
 
 def masking_noise(images: int, patches: int) -> Float[Tensor, "b n"]:
     """Fixed numbers that choose the hidden patches wherever predictions are compared."""
-    return torch.rand(images, patches, generator=torch.Generator().manual_seed(0))
+    return torch.rand(images, patches, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def with_outputs(encoder: ViTEncoder, source: str | Path, outputs: str, weights: str | None = None) -> Exported:

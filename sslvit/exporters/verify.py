@@ -32,7 +32,7 @@ def check_inputs(settings: EncoderSettings, is_fixed: bool) -> list[Tensor]:
     shapes = [(2, height, width), (3, height, width)]
     if not is_fixed:
         shapes.append((1, height + settings.patch, width + 2 * settings.patch))
-    return [torch.randn(batch, settings.channels, *sides, generator=source) for batch, *sides in shapes]
+    return [torch.randn(batch, settings.channels, *sides, generator=source, device="cpu") for batch, *sides in shapes]
 
 
 @torch.no_grad()

@@ -22,9 +22,10 @@ class HostCopy:
     def __init__(self, value: Tensor) -> None:
         self.value, self.arrival = value, None
         if value.device.type == "cuda":
-            self.value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            pinned = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
+            self.value = pinned.copy_(value, non_blocking=True)
             self.arrival = torch.cuda.Event()
-            self.arrival.record()
+            self.arrival.record(torch.cuda.current_stream(value.device))  # which the copy is queued on
 
     @property
     def is_here(self) -> bool:

@@ -22,7 +22,7 @@ from sslvit.data.reader import ShardReader
 from sslvit.environment import pick_device
 from sslvit.evaluate.attention import attention_measures, patch_colors, patch_similarity, receptive_field
 from sslvit.evaluate.dense import DenseTable
-from sslvit.evaluate.encoders import EncoderLike, Size, open_encoder
+from sslvit.evaluate.encoders import EncoderLike, Size, keeps_devices, open_encoder
 from sslvit.evaluate.masks import MaskedImages
 from sslvit.evaluate.neighbors import find_neighbors, plot_neighbors
 from sslvit.evaluate.probe import untrained
@@ -88,6 +88,7 @@ class Picture(Result):
 
 @for_python
 @takes_datasets("data")
+@keeps_devices
 def show(
     what: Shown,
     encoder: EncoderLike,
@@ -164,7 +165,7 @@ def show(
         elif what == "views":
             plot_views(_read_recipe(what, encoder, changes), source, file, images)
         elif what == "reconstruct":
-            model = _load_decoder(encoder)
+            model = _load_decoder(encoder).to("cpu")
             settings = open_encoder(model.encoder, crop_fraction, size).settings
             titles, rows = reconstruction_rows(model, some_images(settings, source, images))
             plot_images(file, rows, titles)
@@ -173,10 +174,10 @@ def show(
             reader = ShardReader(open_shards(source), network.settings.channels, 0)
             plot_neighbors(network, reader, find_neighbors(network, reader, images, among=among or 1000), file)
         elif what == "field":
-            network = open_encoder(encoder, crop_fraction, size)
+            network = open_encoder(encoder, crop_fraction, size).to("cpu")
             plot_field(network, some_images(network.settings, source, images), file)
         else:
-            transformer = require_transformer(open_encoder(encoder, crop_fraction, size), f"show {what}")
+            transformer = require_transformer(open_encoder(encoder, crop_fraction, size).to("cpu"), f"show {what}")
             seen = some_images(transformer.settings, source, images)
             if what == "attention":
                 titles, rows = attention_rows(transformer, seen)

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sslvit.data.batch import Batch
-from sslvit.environment import pick_device
 from sslvit.models.igpt import IGPTLoss, IGPTModel, completion_rows, display_colors
 from sslvit.models.sampling import complete
 from sslvit.settings import EncoderSettings, IGPTSettings
@@ -64,14 +63,7 @@ class IGPT(Task):
     @torch.no_grad()
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
         """Images from nothing and completed lower halves; with the BERT objective, hidden pixels filled in."""
-        images = batch.views[0]
-        self.to(pick_device())  # pixel after pixel of a large model would take the CPU an hour
-        figures = self._figures(batch, images.to(pick_device()))
-        self.to(images.device)
-        return figures
-
-    def _figures(self, batch: Batch, images: Float[Tensor, "b c h w"]) -> dict[str, tuple[list[str], list[np.ndarray]]]:
-        encoder, head = self.model.encoder, self.model.head
+        images, encoder, head = batch.views[0], self.model.encoder, self.model.head
         noise = self.mask_noise(batch, self.global_step)
         if noise is not None:
             states, colors, is_hidden = self.model.predict(images, noise.to(images.device))

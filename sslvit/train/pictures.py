@@ -27,29 +27,38 @@ NEIGHBORS_OF = 5  # images; `sslvit show neighbors` draws more
 SEARCHED, SEARCHED_ON_CPU = 1000, 128  # images among which neighbors are searched: seconds
 
 
-def plot_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
-    """Draw them all from the first images of the data set; the task is left on the CPU."""
+def plot_pictures(folder: RunFolder, task: Task, data: ShardDataModule, device: torch.device) -> None:
+    """Draw them all from the first images of the data set.
+
+    Args:
+        folder: The run's folder.
+        task: The trained task, which is left on the CPU.
+        data: The training data.
+        device: Where the run trained, and where neighbors are searched and pixels sampled.
+    """
     metrics = folder.read_metrics()
     steps = [line["step"] for line in metrics]
     losses = {"loss": (steps, [line["train/loss"] for line in metrics])}
     plot_curves(
         folder.figures / "loss.png", losses, "optimizer step", "loss", f"{type(task).__name__}: training loss"
     )  # fmt: skip
-    task.to(dtype=torch.float32)
+    task.to(device, torch.float32)
     plot_found_neighbors(folder, task, data)
-    task.to("cpu")
     examples = data.examples(IMAGES)
     titles = [f"view {number}\n{view.shape[2]} x {view.shape[3]}" for number, view in enumerate(examples.views, 1)]
     plot_images(
         folder.figures / "views.png", [task.encoder.to_display(view).numpy() for view in examples.views], titles
     )
+    moved = examples.to(device)
     with torch.no_grad():
-        is_sound = bool(task.trained_encoder(examples.views[0]).isfinite().all())
+        is_sound = bool(task.trained_encoder(moved.views[0]).isfinite().all())
     if not is_sound:
+        task.to("cpu")
         logger.info("no pictures: what the encoder gives is not finite")
         return
-    for name, (titles, rows) in task.figures(examples).items():
+    for name, (titles, rows) in task.figures(moved).items():
         plot_images(folder.figures / f"{name}.png", rows, titles)
+    task.to("cpu")
     encoder = task.trained_encoder
     if isinstance(encoder, Backbone) or encoder.settings.tokens == "pixel":
         return  # there are no tokens; a pixel sequence is tied to its size, and its tokens are no patches

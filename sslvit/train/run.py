@@ -236,7 +236,7 @@ def _finish(settings: RunSettings, folder: RunFolder, data: ShardDataModule, tas
         with new_file(folder.encoder / HEAD) as temporary:
             save_file({key: value.cpu().contiguous() for key, value in extra.items()}, temporary, classes)
     logger.info("drawing figures")
-    plot_pictures(folder, task, data)
+    plot_pictures(folder, task, data, trainer.strategy.root_device)
     log_pictures(trainer, folder.figures, trainer.global_step)
     is_whole = trainer.global_step == data.run.total_steps
     page = write_own_report(folder, "finished" if is_whole else "ended by a callback")

@@ -25,6 +25,7 @@ from sslvit.settings import TrainSettings
 from sslvit.sharded_checkpoint import extract_local_shards, shard_like
 from sslvit.stopping import RankLost
 from sslvit.train.checkpoint_io import AtomicCheckpointIO
+from sslvit.train.hardware import trains_on_gpu
 from sslvit.train.timing import Clock
 
 # what an exchange between ranks says when another one is gone, and when the fault is here
@@ -46,7 +47,11 @@ def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy:
     if settings.strategy == "fsdp":
         return Sharded(timeout=timeout)
     # gradients are views of the buckets that the ranks exchange: one copy of them instead of two
-    return Replicated(timeout=timeout, ddp_comm_hook=clock.mark_gradients, gradient_as_bucket_view=True)
+    # on GPUs buffers stay alike without an exchange per step: running statistics are those of all ranks
+    return Replicated(
+        timeout=timeout, ddp_comm_hook=clock.mark_gradients, gradient_as_bucket_view=True,
+        broadcast_buffers=not trains_on_gpu(settings),
+    )  # fmt: skip
 
 
 class _RanksStrategy(DDPStrategy):

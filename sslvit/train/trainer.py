@@ -37,7 +37,7 @@ def make_trainer(
         logging.getLogger(talkative).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         silence_needless_warnings()
-        return pl.Trainer(
+        trainer = pl.Trainer(
             accelerator=train.accelerator,
             devices=train.devices or 1,
             num_nodes=train.nodes or 1,
@@ -58,6 +58,14 @@ def make_trainer(
             callbacks=make_callbacks(settings, folder, data, clock, callbacks),
             default_root_dir=folder.path,
         )
+    # On several GPUs Lightning has the host wait for the device before each micro-batch, to learn of SIGTERM; there a
+    # lost rank is waited for without end. Signals are heard by callbacks/peers.py.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
+    return trainer
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def strategy_of(train: TrainSettings, clock: Clock) -> Strategy | str:

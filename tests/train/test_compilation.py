@@ -122,7 +122,7 @@ def test_a_run_is_compiled_while_it_trains_and_not_after(
     calls, left = [], []
     monkeypatch.setattr(torch, "compile", lambda loss, **_: lambda *given: calls.append(1) or loss(*given))
     monkeypatch.setattr(
-        "sslvit.train.run.plot_pictures", lambda folder, task, data: left.append(task.loss_fn == task.model.loss)
+        "sslvit.train.run.plot_pictures", lambda folder, task, *_: left.append(task.loss_fn == task.model.loss)
     )
     run(shards, tmp_path / "run", **{"train.steps": 3, "train.compile": "default"})
     assert len(calls) == 3

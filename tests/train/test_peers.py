@@ -10,16 +10,20 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from inspect import getsource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fake_cuda_fixtures import on_fake_cuda, take_fake_cuda
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.strategies import DDPStrategy
 from run_fixtures import command, run
 from torch import distributed
 from torch.overrides import TorchFunctionMode
 
+from sslvit.data.module import ShardDataModule
 from sslvit.settings.load import load_recipe
 from sslvit.stopping import RankLost
 from sslvit.tasks.base import Task
@@ -28,6 +32,7 @@ from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.folder import RunFolder
 from sslvit.train.strategies import is_peer_failure, make_strategy
 from sslvit.train.timing import Clock, WaitForData
+from sslvit.train.trainer import make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no accelerator is found.*")
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier")
@@ -49,7 +54,7 @@ class Event:
     def __init__(self, enable_timing: bool = False) -> None:
         self.seconds = 0.0
 
-    def record(self) -> None:
+    def record(self, stream: Any = None) -> None:
         self.seconds = time.perf_counter()
 
     def query(self) -> bool:
@@ -288,6 +293,19 @@ def test_nccl_waits_longer_than_the_exchange_and_is_aborted_when_a_rank_is_lost(
     for error in lost:
         strategy.on_exception(error)
     assert group.aborted == 2
+
+
+def test_the_host_does_not_wait_for_the_device_before_a_micro_batch(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Lightning would exchange a flag between GPUs, and read it."""
+    exchanged: list[Any] = []
+    monkeypatch.setattr(distributed, "broadcast", lambda *given, **_: exchanged.append(given))
+    settings = load_recipe("mae/digits", {"data.shards": str(shards), "data.global_batch_size": 8, "data.workers": 0})
+    trainer = make_trainer(settings, RunFolder(tmp_path / "run"), ShardDataModule.from_settings(settings))
+    assert "self._broadcast_sigterm_tensor()" in getsource(_TrainingEpochLoop.advance)
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+    assert not exchanged
 
 
 def test_torch_has_what_a_strategy_calls() -> None:

@@ -311,6 +311,14 @@ def test_gradients_lie_in_the_buckets_that_are_exchanged() -> None:
     assert make_strategy(settings, Clock())._ddp_kwargs["gradient_as_bucket_view"] is True
 
 
+def test_buffers_are_exchanged_in_each_step_on_cpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs running statistics are those of all ranks already."""
+    settings = load_recipe("mae/digits", {"train.devices": 2}).train
+    assert make_strategy(settings, Clock())._ddp_kwargs["broadcast_buffers"] is True
+    monkeypatch.setattr("sslvit.train.strategies.trains_on_gpu", lambda _: True)
+    assert make_strategy(settings, Clock())._ddp_kwargs["broadcast_buffers"] is False
+
+
 def test_only_the_silence_of_others_is_a_lost_rank() -> None:
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [10.77.0.2]:64151: Connection reset by peer")
     assert is_peer_failure(gone, 2)

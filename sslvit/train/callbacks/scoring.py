@@ -23,6 +23,7 @@ from sslvit.data.open import open_shards
 from sslvit.data.overlap import check_same_data
 from sslvit.data.plan import evenly_spaced
 from sslvit.data.stream import StreamIndex
+from sslvit.environment import pick_workers
 from sslvit.evaluate.classify import Accuracy, accuracy
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.knn import knn_accuracies
@@ -103,7 +104,8 @@ class OnlineProbe(ScoringCallback):
         """Scores of neighbors and of a linear head, and measures without labels, all on the module's device."""
         source = frozen(module.trained_encoder, self.online.precision)
         readouts = source.readouts(None, 1, None)
-        extractor = FeatureExtractor(min(IMAGES_AT_ONCE, self.online.images), self.workers)
+        workers = pick_workers(self.workers, source.device.type, trainer.num_devices)
+        extractor = FeatureExtractor(min(IMAGES_AT_ONCE, self.online.images), workers)
         train, val = (extractor.features(source, data, readouts).at(readouts) for data in (self.train, self.val))
         found = measures_of(source, self.val, extractor, seed=self.seed)
         found = {f"probe/{name}": value for name, value in found.items()}
@@ -138,7 +140,7 @@ class Validation(ScoringCallback):
         """The accuracy, written down after the last step."""
         found = accuracy(
             lambda images: module.model(images.to(module.dtype)), self.data, self.settings.encoder, module.device,
-            IMAGES_AT_ONCE, self.settings.data.workers,
+            IMAGES_AT_ONCE, pick_workers(self.settings.data.workers, module.device.type, trainer.num_devices),
         )  # fmt: skip
         if self.step == self.total_steps and trainer.is_global_zero:
             self.write(found)
@@ -154,8 +156,10 @@ class Validation(ScoringCallback):
         if trainer.global_step != self.total_steps or broadcast_from_rank0(scored_step == self.total_steps):
             return
         self.step = self.total_steps
+        module.to(trainer.strategy.root_device)  # which Lightning has taken it from
         with scored_copy(module) as full:
             self.scores(trainer, full)
+        module.cpu()
 
     def write(self, found: Accuracy) -> None:
         """Write scores.json."""
