@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -52,23 +51,27 @@ def fit_logistic(
     """
     tolerance = (solved * l2).clamp(max=MAX_GRADIENT)
     axes = principal_axes(values)
-    values = values @ axes
-    problems, width = len(l2), values.shape[1]
+    problems, width = len(l2), axes.shape[1]
     row_weight = values.new_ones(problems, len(values)) if used is None else used.to(values)
     row_weight = row_weight / row_weight.sum(1, keepdim=True)
-    extended = torch.cat([values, values.new_ones(len(values), 1)], 1)  # the last feature is the bias
-    target = (F.one_hot(labels, classes) if labels.ndim == 1 else labels).T.double().contiguous()  # classes n
-    target = target / target.sum(0).clamp(min=1e-12)  # the gradient needs sums of 1 to the last digit
+    extended = values.new_ones(len(values), width + 1)  # the last feature is the bias
+    extended[:, :-1] = values @ axes
+    target = labels
+    if labels.ndim == 2:
+        target = labels.T.double().contiguous()  # classes n
+        target = target / target.sum(0).clamp(min=1e-12)  # the gradient needs sums of 1 to the last digit
     penalty = l2[:, None, None] * torch.cat([values.new_ones(width), values.new_zeros(1)])
     theta = values.new_zeros(problems, classes * (width + 1))
-    rough = PenalizedLoss(*(tensor.float() for tensor in (extended, target, row_weight, penalty)))
+    rough_target = target.float() if target.is_floating_point() else target
+    rough = PenalizedLoss(extended.float(), rough_target, row_weight.float(), penalty.float(), classes)
     theta, steps, _ = minimize(rough, theta.float(), max_iterations, tolerance.clamp(min=ROUGH).float(), [])
+    del rough  # and its copy of the features
     theta = theta.double()
-    exact = PenalizedLoss(extended, target, row_weight, penalty)
+    exact = PenalizedLoss(extended, target, row_weight, penalty, classes)
     is_open = exact(theta)[1].abs().amax(1) > tolerance
     is_solved = ~is_open
     if is_open.any():  # strong penalties are done
-        rest = PenalizedLoss(extended, target, row_weight[is_open], penalty[is_open])
+        rest = PenalizedLoss(extended, target, row_weight[is_open], penalty[is_open], classes)
         steps = [(s[is_open].double(), change[is_open].double(), w[is_open].double()) for s, change, w in steps]
         theta[is_open], _, is_solved[is_open] = minimize(
             rest, theta[is_open], max_iterations, tolerance[is_open], steps
@@ -78,15 +81,15 @@ def fit_logistic(
 
 
 class PenalizedLoss:
-    """Weighted cross-entropy + penalty / 2 * theta^2, of p problems side by side."""
+    """Weighted cross-entropy + penalty / 2 * theta^2, of p problems side by side; class numbers or probabilities."""
 
     def __init__(
-        self, values: Float[Tensor, "n k"], target: Float[Tensor, "classes n"], row_weight: Float[Tensor, "p n"],
-        penalty: Float[Tensor, "p 1 k"],
+        self, values: Float[Tensor, "n k"], target: Int[Tensor, "n"] | Float[Tensor, "classes n"],
+        row_weight: Float[Tensor, "p n"], penalty: Float[Tensor, "p 1 k"], classes: int,
     ) -> None:  # fmt: skip
-        self.penalty, self.shape = penalty, (len(row_weight), len(target), values.shape[1])
-        rows = max(1, MAX_LOGITS // (len(row_weight) * len(target)))
-        self.pieces = list(zip(values.split(rows), target.split(rows, 1), row_weight.split(rows, 1), strict=True))
+        self.penalty, self.shape = penalty, (len(row_weight), classes, values.shape[1])
+        rows = max(1, MAX_LOGITS // (len(row_weight) * classes))
+        self.pieces = list(zip(values.split(rows), target.split(rows, -1), row_weight.split(rows, 1), strict=True))
 
     def only(self, chosen: Bool[Tensor, "p"]) -> PenalizedLoss:
         """The chosen problems alone."""
@@ -100,12 +103,18 @@ class PenalizedLoss:
         theta = theta.view(self.shape)
         loss = (self.penalty * theta.square()).sum((1, 2)) / 2
         gradient = self.penalty * theta
-        for x, right, weight in self.pieces:  # n k, classes n, p n
+        for x, right, weight in self.pieces:  # n k, n or classes n, p n
             logits = self.logits(theta, x)
-            of_right = (logits * right).sum(1)
+            at_right = right.expand(len(logits), 1, -1) if right.ndim == 1 else None  # which needs no matrix
+            of_right = (logits * right).sum(1) if at_right is None else logits.gather(1, at_right)[:, 0]
             total = logits.exp_().sum(1)  # p n
             loss = loss + ((total.log() - of_right) * weight).sum(1)
-            residual = logits.div_(total[:, None]).sub_(right).mul_(weight[:, None])
+            probs = logits.div_(total[:, None])
+            if at_right is None:
+                probs.sub_(right)
+            else:
+                probs.scatter_(1, at_right, probs.gather(1, at_right) - 1)
+            residual = probs.mul_(weight[:, None])
             gradient = gradient + (residual.flatten(0, 1) @ x).view_as(gradient)
         return loss, gradient.flatten(1)
 
