@@ -139,7 +139,9 @@ def test_an_installed_package_registers_names(shards: Path, tmp_path: Path, monk
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own_tasks\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[sslvit.tasks]\nsimmim = simmim:SimMIM\nmae = json:JSONDecoder\nlost = simmim:Lost\n"
+        "[sslvit.views]\ncorner = own_corner:Corner\n"
     )
+    (tmp_path / "site" / "own_corner.py").write_text(VIEW)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.syspath_prepend(str(EXAMPLES))
     settings = load_recipe("mae/digits", {"task.name": "simmim", "task.mask_ratio": 0.3})
@@ -147,6 +149,9 @@ def test_an_installed_package_registers_names(shards: Path, tmp_path: Path, monk
     assert settings.task.mask_ratio == 0.3
     run = sslvit.pretrain("mae/digits", shards, tmp_path / "run", **SMALL | SIMMIM | {"task.name": "simmim"})
     assert run.read_config()["task"]["name"] == "simmim"
+    changes = SMALL | {"data.view.kind": "corner", "data.view.side": 8}
+    run = sslvit.pretrain("mae/digits", shards, tmp_path / "corners", **changes)
+    assert run.read_config()["data"]["view"] == {"kind": "corner", "side": 8}
     assert type(load_recipe("mae/digits").task).__name__ == "MAESettings"  # ours keep their names
     with pytest.raises(ValueError, match="task.name: lost is simmim:Lost of an installed package and cannot be"):
         load_recipe("mae/digits", {"task.name": "lost"})

@@ -135,18 +135,26 @@ def _pixels(
         if reduction > 1 and image.mode == "RGB":
             image.draft("RGB", (image.width // reduction, image.height // reduction))
     if header.bits == 16:
-        wide = np.asarray(image)
-        if wide.dtype.itemsize > 2 and not 0 <= wide.min() <= wide.max() <= MAX_UINT16:
-            raise BadImage(
-                f"32-bit integers from {wide.min()} to {wide.max()}; images have 8 or 16 bits: scale them to 0 to "
-                f"{MAX_UINT16} and store them as 16 bits"
-            )
-        wide = wide.astype(np.uint16, copy=False)
+        wide = as_uint16(np.asarray(image))
         pixels = wide / np.float32(257) if bits == 16 else (wide >> 8).astype(np.uint8)
         layers = [pixels] * channels if channels < 4 else [pixels, pixels, pixels, np.full_like(pixels, 255)]
         return np.stack(layers, 2)
     pixels = np.array(image.convert(MODES[channels]))
     return pixels if bits == 8 else pixels.astype(np.float32)
+
+
+def as_uint16(wide: np.ndarray) -> np.ndarray:
+    """Integers as 16 bits.
+
+    Raises:
+        BadImage: They are outside of 0 to 65,535.
+    """
+    if wide.dtype.itemsize > 2 and not 0 <= wide.min() <= wide.max() <= MAX_UINT16:
+        raise BadImage(
+            f"32-bit integers from {wide.min()} to {wide.max()}; images have 8 or 16 bits: scale them to 0 to "
+            f"{MAX_UINT16} and store them as 16 bits"
+        )
+    return wide.astype(np.uint16, copy=False)
 
 
 def _jpeg_pixels(

@@ -25,6 +25,7 @@ from sslvit.data.header import BadImage
 from sslvit.data.records import check_digest, check_labels, is_url, load_records, save_records, sha256_of
 from sslvit.data.remote import ShardCache
 from sslvit.data.schema import FORMAT, INDEX_FIELDS, checked_index, parse_json
+from sslvit.data.tars import COMPRESSED_TARS
 from sslvit.files import printable, write_atomically
 
 MAX_REPEATED_PATH = 80  # characters of a path that the remedy repeats
@@ -188,11 +189,11 @@ class ShardIndex:
 
     def unlisted(self) -> list[str]:
         """Names of tar files that lie beside the listed ones on this machine and are not read."""
-        if is_url(self.location) or self.cached_in:
+        if is_url(self.location) or self.cached_in or not Path(self.location).is_dir():
             return []
-        listed = {shard.name for shard in self.shards}
-        folder = Path(self.location)
-        return sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
+        known = {shard.name for shard in self.shards} | self.skipped.keys()
+        names = [path.name for path in Path(self.location).iterdir() if path.name.endswith((".tar", *COMPRESSED_TARS))]
+        return sorted(name for name in names if name not in known)
 
     def save(self, folder: str | Path | None = None) -> None:
         """Write the files, each whole or not at all; index.json last, so that its presence means all is there."""

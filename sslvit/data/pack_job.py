@@ -19,11 +19,11 @@ from sslvit.data.plan import evenly_spaced
 from sslvit.data.records import RECORD
 from sslvit.data.scan import ShardReport
 from sslvit.data.sources import Samples, SampleTable, Texts
-from sslvit.data.store import BLOCK, PackSettings, TarWriter, store
+from sslvit.data.store import BLOCK, MAX_MEMBER_NAME, PackSettings, TarWriter, store
 from sslvit.data.unfinished import digest_samples, digest_times, load_report, save_report, shard_name
 from sslvit.files import new_file
 
-MAX_MEMBER_NAME = 100  # of the plain tar header
+MAX_ENCODED_SUFFIX = 4  # webp
 TRIAL_IMAGES = 64  # encoded ahead to estimate how long the others become
 
 
@@ -141,7 +141,8 @@ def _unique_keys(samples: Samples) -> list[str]:
     keys = []
     for number, sample in enumerate(samples):
         key = re.sub(r"[^\w/+-]", "_", sample.key).strip("/")
-        if key in used or not key or len(key.encode()) + len(sample.suffix) + 1 > MAX_MEMBER_NAME:
+        ending = max(len(sample.suffix), MAX_ENCODED_SUFFIX) + 1  # an image may be stored in another format
+        if key in used or not key or len(key.encode()) + ending > MAX_MEMBER_NAME:
             key = f"{number:09d}"
             while key in used:
                 key += "_"

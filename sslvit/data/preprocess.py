@@ -13,13 +13,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sslvit.data.array_images import ArrayImages
+from sslvit.data.decode import as_uint16
 from sslvit.data.header import BadImage
 from sslvit.data.loader import normalize_view, view_of_image
 from sslvit.files import brief, expand_path, printable
 from sslvit.settings import EncoderSettings
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
-AS_TIFF = {"CMYK", "YCbCr", "LAB", "HSV"}  # modes that PNG has not
+AS_TIFF = {"CMYK", "YCbCr", "LAB"}  # modes that PNG has not
+AS_OTHER = {"HSV": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "PA": "RGBA", "La": "LA"}  # modes that no format has
 FLOATS = (
     "holds {}, and nothing says which value is white. Give 8 or 16 bits, such as (image * 255).round().astype('uint8') "
     "for values from 0 to 1."
@@ -77,6 +79,10 @@ def _encoded_picture(image: Image.Image) -> bytes:
     if image.mode == "F":
         raise BadImage(FLOATS.format("floating-point values (mode F)"))
     upright, buffer = ImageOps.exif_transpose(image), io.BytesIO()
+    if upright.mode.startswith("I"):  # 16 bits, or 32 that 16 may hold
+        return ArrayImages(as_uint16(np.asarray(upright))[None]).read(0)
+    if upright.mode in AS_OTHER:
+        upright = upright.convert(AS_OTHER[upright.mode])
     if upright.mode in AS_TIFF:
         upright.save(buffer, "TIFF")
     else:

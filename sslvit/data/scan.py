@@ -22,7 +22,7 @@ from sslvit.data.parallel import in_parallel
 from sslvit.data.records import RECORD, sha256_of
 from sslvit.data.schema import check_shard_name
 from sslvit.data.tars import COMPRESSED_TARS, TarMembers, choose_images, compressed_kind
-from sslvit.files import printable
+from sslvit.files import counted, printable
 from sslvit.settings.pack import IndexOptions
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,12 @@ def index_shards(folder: str | Path, workers: int | None = None, options: IndexO
         if index.classes and all(name.isdecimal() for name in index.classes) and len(known) >= len(index.classes):
             index.classes = known
         index.encoding = earlier.encoding
+    if compressed := _compressed(Path(folder)):
+        logger.info(
+            f"{printable(folder)}: skipped {counted(len(compressed), 'compressed tar file')} (first: "
+            f"{printable(compressed[0])}), which cannot be read by offset. Unpack them (gunzip) and index again"
+        )
+        index.skipped |= dict.fromkeys(compressed, "compressed tar file, which cannot be read by offset")
     index.save()
     return index
 
@@ -124,8 +130,12 @@ def _earlier_index(folder: Path) -> ShardIndex | None:
         return None
 
 
+def _compressed(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.endswith(COMPRESSED_TARS))
+
+
 def _compressed_hint(folder: Path) -> str:
-    packed = [path.name for path in sorted(folder.iterdir()) if path.name.endswith(COMPRESSED_TARS)]
+    packed = _compressed(folder)
     if not packed:
         return ""
     return (

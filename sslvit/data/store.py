@@ -16,6 +16,7 @@ from sslvit.data.header import MODES, BadImage, open_image, read_header, suffix_
 from sslvit.settings.pack import PackSettings
 
 BLOCK = tarfile.BLOCKSIZE
+MAX_MEMBER_NAME = 100  # bytes, of the plain tar header
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 # what an image is saved as when it keeps its format; MPO is a JPEG with a second picture behind it
 FORMAT_OF_SOURCE = {"JPEG": "JPEG", "MPO": "JPEG", "HEIF": "JPEG", "AVIF": "JPEG", "PNG": "PNG", "WEBP": "WEBP"}
@@ -104,6 +105,7 @@ _PLAIN_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)  # no owner, no 
 def tar_header(name: str, size: int) -> bytes:
     """The 512 bytes before a regular file: tarfile's own for no name, with name, size and checksum filled in."""
     header, encoded = bytearray(_PLAIN_HEADER), name.encode()
+    assert len(encoded) <= MAX_MEMBER_NAME, name
     header[: len(encoded)] = encoded
     header[124:136] = b"%011o\0" % size
     header[148:156] = b" " * 8

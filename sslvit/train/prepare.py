@@ -19,7 +19,7 @@ from sslvit.data.stream import StreamIndex
 from sslvit.data.transform import first_call, function_of, in_words
 from sslvit.files import counted, expand_path
 from sslvit.run_plan import RunPlan
-from sslvit.settings import RunSettings, SupervisedSettings
+from sslvit.settings import VIEW_SETTINGS, RunSettings, SupervisedSettings
 from sslvit.settings.load import brief, by_dotted_key, load_recipe, merge_recipe, recipe_names, takes_init
 from sslvit.settings.views import AugmentSettings, MultiCropSettings, TransformSettings
 from sslvit.tasks import task_class
@@ -108,7 +108,7 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
         function_of(data.view)  # refuses one that nobody has given
         if data.resolutions:
             raise ValueError("data.resolutions: a function of your own decides the sizes of its views. Leave it out.")
-    elif settings.data.view.kind not in kinds and ":" not in settings.data.view.kind:
+    elif settings.data.view.kind in VIEW_SETTINGS and settings.data.view.kind not in kinds:  # others are from outside
         raise ValueError(
             f"data.view.kind: {settings.data.view.kind} is not for {settings.task.name}. Use {' or '.join(kinds)}."
         )

@@ -85,6 +85,28 @@ def test_sixteen_bits_lose_nothing(tmp_path: Path) -> None:
     assert not torch.equal(preprocess((values >> 8).astype(np.uint8), encoder), expected)
 
 
+@pytest.mark.parametrize(("mode", "like"), [("HSV", "RGB"), ("RGBX", "RGB"), ("PA", "RGBA"), ("LAB", "RGB")])
+def test_modes_that_no_format_of_files_has_are_converted(mode: str, like: str) -> None:
+    encoder = EncoderSettings(**SMALL)
+    colors = np.random.default_rng(0).integers(0, 256, (50, 70, 4), np.uint8)
+    image = Image.fromarray(colors[:, :, : len(Image.new(mode, (1, 1)).getbands())].copy(), mode)
+    expected = image.convert(like)
+    assert torch.equal(preprocess(image, encoder), preprocess(expected, encoder))
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "I;16L"])
+def test_integers_of_pil_are_images_of_16_bits(mode: str) -> None:
+    encoder = EncoderSettings(**SMALL, channels=1, mean=[0.5], std=[0.25])
+    values = np.random.default_rng(0).integers(0, 2**16, (50, 70), np.uint16)
+    stored = values.astype({"I": np.int32, "I;16B": ">u2"}.get(mode, "<u2"))
+    image = Image.frombytes(mode, (70, 50), stored.tobytes())
+    assert torch.equal(preprocess(image, encoder), preprocess(values, encoder))
+    if mode == "I":
+        above = Image.fromarray(stored + 2**16)
+        with pytest.raises(ValueError, match="image 0: 32-bit integers from .* scale them to 0 to 65535"):
+            preprocess(above, encoder)
+
+
 def test_an_encoder_from_a_file_takes_a_photograph_in_one_line(tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_encoder(ViTEncoder(EncoderSettings(**SMALL)), tmp_path / "encoder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -260,6 +261,18 @@ def test_a_compressed_tar_is_called_one(tmp_path: Path, mode: str, kind: str) ->
         ValueError, match="no .tar files there, but 1 compressed ones .a.tar.gz, ....*--data.stream_samples"
     ):
         index_shards(tmp_path, workers=1)
+
+
+def test_a_compressed_tar_beside_others_is_skipped_by_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_tar(tmp_path / "a.tar", {"a.png": png(1)})
+    assert index_shards(tmp_path, workers=1).skipped == {}
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    assert load_index(tmp_path).unlisted() == ["b.tar.gz"]
+    index = index_shards(tmp_path, workers=1)
+    assert numbers_of(index) == [1]
+    assert index.skipped == {"b.tar.gz": "compressed tar file, which cannot be read by offset"}
+    assert "skipped 1 compressed tar file (first: b.tar.gz), which cannot be read by offset." in capsys.readouterr().out
+    assert load_index(tmp_path).unlisted() == []
 
 
 def test_leftovers_of_macos_and_names_that_forge_a_line_do_no_harm(tmp_path: Path, capsys) -> None:
