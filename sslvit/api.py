@@ -55,7 +55,8 @@ def pretrain(
         init: Encoder whose weights are the initialization; mae/continue and dino/continue take its architecture, too.
         resume: Resume from the run folder's last checkpoint.
         overwrite: Delete an earlier run there first.
-        callbacks: Lightning's callbacks, or your own, which act after those of sslvit.
+        callbacks: Lightning's callbacks, or your own, which act after those of sslvit, and before a checkpoint is
+            written.
         loggers: Lightning's loggers, beside those that the settings ask for.
         transform: Function that makes the views of an image, a PIL image -> a tensor 'c h w' or several, uint8 or from
             0 to 1; None for data.view.

@@ -43,7 +43,7 @@ class ProbeOptions(Saved, CroppedEncoder, ProbeSettings):
     layers: str | None = None
     """Blocks to score side by side and to plot: all, or numbers such as 1,4,8."""
     figure: Annotated[str | None, File] = None
-    """PNG file for --layers; null for one in the run's figures."""
+    """PNG file for --layers; null for layers.png in ENCODER/figures, or here where there is no such folder."""
 
 
 def run_probe(options: ProbeOptions) -> None:
@@ -146,7 +146,7 @@ class SegmentOptions(Saved, Passes, CroppedEncoder):
     baselines: bool = True
     """Also score raw pixels and the same architecture with untrained weights."""
     seed: int = 0
-    """Seed of the untrained weights and the folds."""
+    """Seed of the untrained weights and of the held-out images."""
     allow_same_data: bool = False
     """Take the same images for both sets, whose scores say nothing of other images."""
     figure: Annotated[str | None, File] = None
@@ -193,7 +193,7 @@ class ShowOptions(Recipe, Reported, CroppedEncoder):
     patch: Annotated[str | None, Arg("ROW,COLUMN")] = None
     """Patch whose similarity is shown, from 0,0 at the top left; null for the middle one."""
     output: Annotated[str | None, Output] = None
-    """PNG file; null for WHAT.png, below ENCODER/figures."""
+    """PNG file; null for WHAT.png in ENCODER/figures, or here where there is no such folder."""
 
 
 def run_show(options: ShowOptions) -> None:

@@ -188,7 +188,7 @@ class PlanOptions(Reported, Recipe):
     classes: int | None = None
     """Number of classes of labeled images, beside --images."""
     tflops: float | None = None
-    """Peak TFLOP/s of one device in the run's precision; null for some GPUs."""
+    """Peak TFLOP/s of one device in the run's precision; null for this machine's, or those of some GPUs."""
     utilization: float = 0.35
     """Assumed fraction of the peak that is used."""
     memory_gib: float | None = None

@@ -1,4 +1,4 @@
-"""Color jitter, grayscale, blur and solarization, batched, on any device (DINO, section 3.1).
+"""Color jitter, grayscale, blur and solarization, batched, on any device (DINO, section 3.2).
 
 What happens to an image is drawn by key, once. Brightness, contrast and saturation commute with each other, so of
 their random order with the hue only one thing matters: which of them come before it. An image is therefore mapped

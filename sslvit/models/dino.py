@@ -40,7 +40,7 @@ class Prototypes(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """MLP, a bottleneck of length one, and the prototypes (section 3.2, "Network architecture"; appendix C).
+    """MLP, a bottleneck of length one, and the prototypes (section 3.1, "Network architecture"; appendix C).
 
     Args:
         width: Channels of an encoder token.

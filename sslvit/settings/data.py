@@ -97,8 +97,8 @@ class DataSettings:
     """Largest size in MB up to which a data set of small, equally sized images is decoded once and kept in memory."""
     cache_on_device: Literal["auto", True, False] = "auto"
     """Keep the training images on the device and make batches there; they must be decoded once (data.memory_limit_mb)
-    and seen through a view without RandAugment. Pixels differ by at most 1/255 from those of the loader. auto does so
-    on a GPU where the images take at most 5 % of its memory.
+    and seen through a view without RandAugment or a function of your own. Pixels differ by at most 1/255 from those of
+    the loader. auto does so on a GPU where the images take at most 5 % of its memory.
     """
     lanes: int | None = None
     """Number of positions in the data set that are read side by side; null for one permutation of everything up to a
@@ -111,7 +111,7 @@ class DataSettings:
     cache: str = "~/.cache/sslvit"
     """Folder for remote shards and for packed image folders."""
     cache_gb: float = 200
-    """Maximum size of the cache in GB."""
+    """Maximum size in GB of the shards from the network in data.cache; packed image folders do not count, and stay."""
     stream_samples: int | None = None
     """Approximate number of images in gzipped tars and pipes, which cannot be indexed."""
     allow_pipe: bool = False

@@ -75,7 +75,7 @@ class EncoderSettings:
     Chen et al. 2020), or what a plugin brings, PACKAGE.MODULE:NAME.
     """
     patch: int = 16
-    """Side of a patch in pixels; for conv_stem and mbconv a power of two; for hybrid 4, 8, 16 or 32; for pixel 1."""
+    """Side of a patch in pixels; for conv_stem and mbconv 2, 4, 8 and so on; for hybrid 4, 8, 16 or 32; for pixel 1."""
     patch_bias: bool = True
     """Use a bias in the linear map of patch tokens (CLIP has none)."""
     hybrid_backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
@@ -182,7 +182,7 @@ class EncoderSettings:
     """
     small_stem: bool = False
     """Replace a ResNet's 7 x 7 convolution of stride 2 by a 3 x 3 one of stride 1, and leave out its max pooling, for
-    images of 32 or 64 pixels (Chen et al. 2020, appendix B.9, after He et al. 2016, section 4.2).
+    images of 32 or 64 pixels (SimCLR: Chen et al. 2020, appendix B.9, after He et al. 2016, section 4.2).
     """
 
     def __post_init__(self) -> None:

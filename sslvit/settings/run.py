@@ -30,7 +30,7 @@ class OptimSettings:
     for one that suits the task, with a peak that grows like the square root of the batch size.
     """
     min_lr: float = 0.0
-    """Learning rate at the last step."""
+    """Learning rate that the schedule ends at, one step after the last."""
     warmup_epochs: float | None = 40
     """Epochs of linear learning rate warm-up from zero; null for a tenth of the run, at most 12,500 steps, which also
     replaces a warm-up as long as the run.
@@ -42,9 +42,11 @@ class OptimSettings:
     cooldown_fraction: float = 0.2
     """With wsd, the fraction of the run at its end in which the learning rate decays."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
+    """Decoupled weight decay of matrices, and in pretraining of tokens and position tables, too; biases, norms and
+    scales have none.
+    """
     final_weight_decay: float | None = None
-    """Weight decay at the last step, reached along half a cosine (DINO); null keeps weight_decay."""
+    """Weight decay at the end of the run, reached along half a cosine (DINO); null keeps weight_decay."""
     layer_decay: float = 1.0
     """Factor of the learning rate from each block of the encoder to the one before it (He et al. 2022, appendix A.1);
     what stands behind the encoder has the full rate.
@@ -132,7 +134,8 @@ class TrainSettings:
     """Number of optimizer steps in the run; overrides epochs, and the schedules shrink with it."""
     budget: str | None = None
     """Time from the first step to the last on this machine, such as 60min, 8h or 1h30min, in the place of epochs and
-    steps: some steps are timed before the run, and as many are taken as end in time.
+    steps: some steps are timed before the run, and as many are taken as end in time. Evaluations by online.train come
+    on top.
     """
     micro_batch_size: int | Literal["auto"] | None = "auto"
     """Images per forward pass on one rank; null for all of the rank's images; auto for as many of them as the memory of

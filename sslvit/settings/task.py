@@ -135,15 +135,15 @@ class DINOSettings(TaskSettings):
     warmup_teacher_temp: float = 0.04
     """Temperature of the teacher's softmax at the start of its warm-up."""
     warmup_teacher_temp_epochs: float | None = None
-    """Epochs in which the teacher's temperature moves linearly to teacher_temp; null for 30, or a tenth of a shorter
-    run.
+    """Epochs in which the teacher's temperature moves linearly to teacher_temp; null for a tenth of the run, at most
+    30.
     """
     momentum: float | None = None
     """Momentum of the teacher's moving average at the first update; null for 0.996 at a batch size of 1024, as strong
     per image at others, and an average over at most a tenth of the run.
     """
     final_momentum: float = 1.0
-    """Momentum of the teacher's moving average at the last update."""
+    """Momentum of the teacher's moving average at the end of the run, reached along half a cosine."""
     centering: Literal["mean", "sinkhorn"] = "mean"
     """What keeps the teacher from one output for all images: mean (subtract a moving average) or sinkhorn
     (Sinkhorn-Knopp: use all prototypes equally in every batch; DINOv2).
@@ -260,7 +260,7 @@ class IGPTSettings(TaskSettings):
 @dataclass
 @checked("task.")
 class SupervisedSettings(TaskSettings):
-    """A linear head on the pooled tokens; all weights move. The defaults are MAE's for ViT-B (He et al. 2022, A.1)."""
+    """A linear head on the pooled tokens; all weights move. The defaults are those of MAE's released code for ViT-B."""
 
     name: Literal["supervised"] = "supervised"
     """Name of the task."""

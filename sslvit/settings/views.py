@@ -38,7 +38,7 @@ class CropSettings:
 class SquareSettings:
     """A random square of nearly the whole image, resized to few pixels: iGPT's view.
 
-    The paper (section 4.1) resizes the shorter side to a random length of 256 to 384 pixels, each as likely as another,
+    The paper (section 3.1) resizes the shorter side to a random length of 256 to 384 pixels, each as likely as another,
     and crops 224: on average 0.71 of the shorter side. Here both are one step.
     """
 

@@ -1,7 +1,8 @@
 """Training with labels: fine-tuning of a pretrained encoder, and the same from scratch as its baseline.
 
-MAE's fine-tuning (He et al. 2022, appendix A.1): AdamW with rates that fall from the head to the patches, stochastic
-depth, RandAugment (in the view), mixup, CutMix, random erasing, label smoothing, a linear head on the pooled tokens.
+MAE's fine-tuning (He et al. 2022, appendix A.1; random erasing is in the released code alone): AdamW with rates that
+fall from the head to the patches, stochastic depth, RandAugment (in the view), mixup, CutMix, random erasing, label
+smoothing, a linear head on the pooled tokens.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def plan(
         data: Images as in `pretrain`, which are looked at and not packed; None for the recipe's data.shards.
         images: Number of images, in the place of data.
         classes: Number of classes of labeled images, beside a number of images.
-        tflops: Peak TFLOP/s of one device in the run's precision; None for this machine.
+        tflops: Peak TFLOP/s of one device in the run's precision; None for this machine's, or those of some GPUs.
         utilization: Assumed fraction of the peak that is used.
         memory_gib: Memory of one GPU in GiB, which the plan is then made for.
         measure: Time some real steps on this machine.
