@@ -198,6 +198,8 @@ def finetune(
         "data.shards": name_of(train), "task.val": name_of(val), "out": out, "init": None if is_random else name
     }  # fmt: skip
     changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
+    if is_random:
+        changes["init"] = None  # whatever the recipe says
     settings = load_recipe(config, changes, start)
     if settings.encoder.backbone is not None:
         refuse_transformer_keys(settings.encoder, changes)
@@ -282,8 +284,9 @@ def export(
         raise ValueError("--private: is of a model on the hub. Name it with --push.")
     if push is not None:
         hub.check(push, overwrite)
+    out = expand_path(out)
     verdict = export_encoder(
-        os.fspath(encoder), out, format, outputs=outputs, size=size, scores=scores, license=license,
+        expand_path(os.fspath(encoder)), out, format, outputs=outputs, size=size, scores=scores, license=license,
         overwrite=overwrite, **overrides,
     )  # fmt: skip
     made = Export(Path(out), verdict)

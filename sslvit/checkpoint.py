@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sslvit import zoo
 from sslvit.compatibility import check_fits, load_strict, settings_from
 from sslvit.data.preprocess import ImageLike, preprocess
-from sslvit.files import new_file, printable, remove_stale_temporaries
+from sslvit.files import expand_path, new_file, printable, remove_stale_temporaries
 from sslvit.layouts import Converted, backbones, hub, timm_models, to_sslvit, transformers_folder
 from sslvit.layouts.unwrap import unwrap
 from sslvit.messages import for_python
@@ -116,7 +116,7 @@ def save_encoder(encoder: Encoder, folder: str | Path, provenance: dict[str, Any
     Raises:
         WriteError: The disk is full or cannot be written to; an encoder already there stays.
     """
-    folder = Path(folder)
+    folder = Path(expand_path(folder))
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
     description = {"format": FORMAT, "encoder": describe_encoder(encoder), "provenance": provenance or {}}
     # numbers of one list on one line: a palette has 512 of them
@@ -292,7 +292,7 @@ def find_encoder(source: str | Path, by_network: bool = False) -> Path:
     """
     if zoo.is_name(source):
         return zoo.find(str(source))
-    path = hub.snapshot(str(source)) if hub.is_name(source) else Path(source)
+    path = hub.snapshot(str(source)) if hub.is_name(source) else Path(expand_path(source))
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder. Give a run folder, encoder folder or checkpoint.")
     if (path / SNAPSHOTS).is_dir():

@@ -18,7 +18,7 @@ from sslvit.evaluate.layers import layer_numbers, plot_layers, probe_layers
 from sslvit.evaluate.probe import ProbeTable
 from sslvit.evaluate.scores import MeasureTable
 from sslvit.evaluate.sources import LabeledSet, frozen, view_in_words
-from sslvit.files import check_new_arrays, check_new_picture
+from sslvit.files import check_new_arrays, check_new_picture, expand_path
 from sslvit.messages import for_python
 from sslvit.models import Encoder
 from sslvit.ranks import all_ranks, is_first_rank
@@ -71,6 +71,7 @@ def probe(
         raise ValueError("--figure is for --layers.")
     if layers and found.layer:
         raise ValueError("--layer and --layers exclude each other: one block for the table, or several side by side?")
+    figure = figure and expand_path(figure)
     check_new_picture(figure)
     with all_ranks():
         network = open_encoder(encoder, crop_fraction, size)
@@ -217,7 +218,8 @@ def health(
         "train": "", "val": "", "layer": layer, "pooling": pooling, "batch": batch, "workers": workers,
         "device": device, "seed": seed, "precision": precision, "max_unreadable_fraction": max_unreadable_fraction,
     })  # fmt: skip
-    return _measured({"encoder": open_encoder(encoder, crop_fraction, size)}, path_of(data), images, found)
+    with all_ranks():
+        return _measured({"encoder": open_encoder(encoder, crop_fraction, size)}, path_of(data), images, found)
 
 
 def _measured(encoders: dict[str, Encoder], data: str, images: int, settings: ProbeSettings) -> MeasureTable:
@@ -228,8 +230,13 @@ def _measured(encoders: dict[str, Encoder], data: str, images: int, settings: Pr
     subset = evenly_spaced(len(index), images)
     seen = LabeledSet(index, first.channels, subset, settings.max_unreadable_fraction)
     rows = measure_health(encoders, seen, settings)
-    about = f"without labels, on {seen.count_text} of {index.location}\neach image: "
-    return MeasureTable(rows, about + view_in_words(first, settings.precision), 3)
+    heading = f"without labels, on {seen.count_text} of {index.location}\neach image: "
+    about = {
+        "data": index.location, "fingerprint": index.fingerprint(), "images": seen.images,
+        "unreadable": seen.unreadable, "view": first.crop_in_words, "image_size": first.image_size,
+        "precision": settings.precision,
+    }  # fmt: skip
+    return MeasureTable(rows, heading + view_in_words(first, settings.precision), 3, about)
 
 
 @for_python
@@ -279,6 +286,7 @@ def embed(
         found = sslvit.embed("runs/dino", "photos")
         print(found.keys[0], found.features[0])
     """
+    output = output and expand_path(output)
     check_new_arrays(output)
     given = {
         "layer": layer, "pooling": pooling, "blocks": blocks, "batch": batch, "workers": workers, "device": device,

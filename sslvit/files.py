@@ -200,13 +200,13 @@ def quoted(value: object) -> str:
     return f"'{brief(value)}'" if isinstance(value, str) else brief(value)
 
 
-def expand_path(path: str | Path) -> str:
+def expand_path(path: str | os.PathLike[str]) -> str:
     """A path as a shell would read it: ~ and $HOME; addresses and commands stay as they are.
 
     Raises:
         ValueError: there is no home folder.
     """
-    text = str(path)
+    text = os.fspath(path)
     if "://" in text or text.startswith("pipe:"):
         return text
     expanded = os.path.expanduser(os.path.expandvars(text))

@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 # options without a value, which are on or off
 FLAGS = frozenset(
-    {"allow-same-data", "baselines", "download", "json", "merge", "overwrite", "quiet", "resume", "scratch"}
+    {"allow-same-data", "baselines", "download", "json", "merge", "overwrite", "private", "quiet", "resume", "scratch"}
 )
 OPTION = re.compile(
     r"""(?<![^\s("'])(?:--(?P<name>[a-z][\w-]*(?:\.[\w-]+)*)|(?P<output>-o)\b)"""

@@ -67,6 +67,7 @@ def sample(
     if complete is None and (draws, given) != (None, None):
         raise ValueError("--draws and --given are for --complete IMAGES.")
     if output is not None:
+        output = expand_path(output)
         check_new_picture(output)
     found = from_keywords(SampleSettings, dict(settings))
     model = _pixel_model(run, device)
@@ -124,7 +125,12 @@ def likelihood(
         f"{scored.count_text} of {scored.index.location}; counted on {counted.count_text} of {counted.index.location}\n"
         f"each image: {settings.crop_in_words}"
     )
-    return MeasureTable(rows, heading, 4)
+    about = {
+        "data": scored.index.location, "fingerprint": scored.index.fingerprint(), "images": scored.images,
+        "unreadable": scored.unreadable, "counted_on": counted.index.location, "view": settings.crop_in_words,
+        "image_size": settings.image_size,
+    }  # fmt: skip
+    return MeasureTable(rows, heading, 4, about)
 
 
 def _pixel_model(run: str | os.PathLike[str] | IGPTModel, device: Device) -> IGPTModel:

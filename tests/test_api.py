@@ -286,6 +286,7 @@ def test_a_table_in_a_notebook_runs_no_code() -> None:
         ("--train /a/b.c: 3 images are too few", 'train="/a/b.c": 3 images are too few'),
         ("--resume and --overwrite exclude each other: go", "resume=True and overwrite=True exclude each other: go"),
         ("Pass --resume to go on, or choose another --out.", "Pass resume=True to go on, or choose another out=."),
+        ("--private: is of a model. Name it with --push.", "private=True: is of a model. Name it with push=."),
         ("Use --format onnx, torch or safetensors.", 'Use format="onnx", torch or safetensors.'),
         ("raise --protocol.lr (or --protocol.batch)", "raise protocol.lr (or protocol.batch)"),
         ("pass --data.allow_pipe true.", 'pass **{"data.allow_pipe": True}.'),

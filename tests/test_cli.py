@@ -17,6 +17,7 @@ import shtab
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from shard_fixtures import image_folder
 
 import sslvit
 from sslvit.cli import COMMANDS, SPIN_COUNT, main, make_parser, read_command
@@ -305,6 +306,18 @@ def test_home_is_expanded_in_options_that_no_shell_expands(capsys, tmp_path: Pat
     assert f"{tmp_path}/none" in failing(capsys, "pretrain", "--config", "mae/digits", "--data=~/none")
     assert f"{tmp_path}/none" in failing(capsys, "shards", "info", "$HOME/none")
     assert f"{tmp_path}/none" in failing(capsys, "export", "~/none", "o", "--format", "timm")
+
+
+def test_home_is_expanded_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    images = image_folder(tmp_path / "images", count=4)
+    sslvit.save_encoder(sslvit.load_encoder("zoo:digits/dino"), "~/encoder")
+    encoder = sslvit.load_encoder("~/encoder")
+    sslvit.embed(encoder, "~/images", "~/features.npz")
+    sslvit.show("neighbors", encoder, "~/images", "~/picture.png", images=2)
+    sslvit.export("~/encoder", "~/export", "safetensors")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"encoder", "features.npz", "picture.png", "export"} <= names, images
 
 
 def test_what_is_given_last_wins_over_the_recipe(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import sslvit
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.exporters import export_encoder, transformers_kinds
+from sslvit.exporters.exported import with_outputs
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings, SupervisedSettings
 from sslvit.tasks.mae import MAE
@@ -156,6 +157,8 @@ def test_only_what_a_source_does_not_state_is_to_be_said(tmp_path: Path) -> None
     torch.save({}, tmp_path / "released.pth")
     with pytest.raises(ValueError, match=r"released.pth: a released file does not state its decoder_heads\. Give"):
         load_mae(tmp_path / "released.pth", heads=2)
+    with pytest.raises(ValueError, match=r"--outputs reconstruction: .*released.pth is a released file, .* Give a run"):
+        with_outputs(load_mae(tmp_path / "mae").encoder, tmp_path / "released.pth", "reconstruction")
     (tmp_path / "vit").mkdir()
     (tmp_path / "vit/config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="vit: a vit, which has no decoder of MAE. Give a ViTMAEForPreTraining"):

@@ -145,6 +145,8 @@ class ResumeOptions(Reported, Recipe):
 
     run: Annotated[str, Arg("RUN", position=1)]
     """Run folder."""
+    data: Annotated[list[str] | None, Arg("DATA")] = None
+    """Shards or a folder of images, where those of the run have moved."""
 
 
 def run_resume(options: ResumeOptions) -> None:
@@ -154,7 +156,7 @@ def run_resume(options: ResumeOptions) -> None:
         check_changes(config, options.changes)
     from sslvit.api import resume
 
-    report_run(options, resume(options.run, **options.changes))
+    report_run(options, resume(options.run, data=options.data, **options.changes))
 
 
 def wants_requeue(options: Options | None) -> bool:

@@ -113,7 +113,7 @@ def segment(
 ) -> DenseTable:  # fmt: skip
     """Score frozen patch tokens by a linear map to classes.
 
-    None among the encoders stands for the patches' own pixels. Every fifth image of `train` selects the penalty; `val`
+    None among the encoders stands for the patches' own pixels. A random fifth of `train` selects the penalty; `val`
     selects nothing. So many predicted `pictures` are kept for a figure.
 
     Raises:

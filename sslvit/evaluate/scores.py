@@ -135,11 +135,13 @@ class MeasureTable(Result):
         rows: Row -> column -> number.
         heading: What a reader needs to quote them.
         decimals: Number of decimals that are shown.
+        about: The same as plain values, by name.
     """
 
     rows: dict[str, dict[str, float]]
     heading: str
     decimals: int
+    about: dict[str, Any]
 
     @property
     def scores(self) -> Scores:
@@ -151,8 +153,8 @@ class MeasureTable(Result):
         return f"{self.heading}\n\n{format_table(self.scores, self.decimals)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The rows."""
-        return self.rows
+        """What they are of, and the rows."""
+        return {"rows": self.rows, "about": self.about}
 
     def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
         """The table's."""

@@ -18,7 +18,7 @@ from sslvit.models import ViTEncoder
 from sslvit.models.mae import MAEModel
 from sslvit.settings import EncoderSettings
 from sslvit.sharded_checkpoint import read_checkpoint
-from sslvit.tasks.released import load_mae
+from sslvit.tasks.released import HeadsNotStated, load_mae
 
 OUTPUTS = ("tokens", "features", "logits", "reconstruction")
 Reopened = Callable[[Tensor], Tensor]
@@ -84,7 +84,13 @@ def with_outputs(encoder: ViTEncoder, source: str | Path, outputs: str, weights:
         raise ValueError(f"--outputs {outputs}: not one of {', '.join(OUTPUTS)}.")
     provenance = provenance_of(source, weights)
     if outputs == "reconstruction":
-        model = load_mae(source)  # encoder and decoder of one step
+        try:
+            model = load_mae(source)  # encoder and decoder of one step
+        except HeadsNotStated as error:
+            raise ValueError(
+                f"--outputs reconstruction: {source} is a released file, which does not state its decoder's heads. "
+                "Give a run of MAE, or a folder of transformers' ViTMAEForPreTraining."
+            ) from error
         return Exported(model.encoder, outputs, provenance=provenance, autoencoder=model)
     if outputs != "logits":
         return Exported(encoder, outputs, provenance=provenance)

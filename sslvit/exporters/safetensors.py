@@ -17,9 +17,12 @@ def check(exported: Exported, size: str | None) -> bool:
     """Whether the encoder takes images of one size only; the format holds every encoder."""
     if size == "fixed":
         raise ValueError("--size fixed: is for other formats; safetensors holds the encoder as it is.")
-    if size == "dynamic" and exported.settings.tokens == "pixel":
-        raise ValueError("--size dynamic: a pixel sequence is tied to its size.")
-    return exported.settings.tokens == "pixel"
+    settings = exported.settings
+    if size == "dynamic" and settings.has_fixed_size:
+        raise ValueError(
+            f"--size dynamic: a pixel sequence with encoder.pos_embed {settings.pos_embed} is tied to its size."
+        )
+    return settings.has_fixed_size
 
 
 def write(exported: Exported, folder: Path, is_fixed: bool) -> None:

@@ -31,7 +31,7 @@ def arguments(kind: str, settings: EncoderSettings, outputs: str) -> dict[str, A
     """Arguments of a model's config for these settings; refuses all options that it cannot hold."""
     is_clip, is_siglip = kind == "clip_vision_model", kind == "siglip_vision_model"
     is_dinov2, is_dinov3 = kind.startswith("dinov2"), kind == "dinov3_vit"
-    activations = ["gelu", "swiglu"] if is_dinov2 or is_dinov3 else ["gelu"] if kind == "vit" else [*ACTIVATIONS]
+    activations = ["gelu", "swiglu"] if is_dinov2 or is_dinov3 else [*ACTIVATIONS]
     registers = settings.registers if is_dinov2 or is_dinov3 else 1 if kind == "deit" else 0
     is_pooled, has_head = outputs in ("features", "logits"), is_siglip and settings.pooling == "attention"
     height, width = settings.size

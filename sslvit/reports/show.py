@@ -37,11 +37,11 @@ from sslvit.reports.views import plot_views
 from sslvit.results import Result
 from sslvit.settings import EncoderSettings, RunSettings
 from sslvit.settings.choices import not_one_of
-from sslvit.settings.load import load_recipe
 from sslvit.tasks.mae import reconstruction_rows
 from sslvit.tasks.released import load_mae
 from sslvit.train.folder import RunFolder
 from sslvit.train.pictures import attention_rows
+from sslvit.train.prepare import read_settings
 
 PCA_TITLES = ["input", "three principal\ncomponents"]
 FIELD_COLUMNS = 4  # number of blocks whose receptive fields are plotted
@@ -145,6 +145,7 @@ def show(
     if patch is not None and what != "similarity":
         raise ValueError("--patch is for show similarity.")
     patch_at = None if patch is None else read_patch(patch)
+    output = output and expand_path(output)
     check_new_picture(output)
     if what in OF_RECIPES:
         for name, value in (("size", size), ("crop-fraction", crop_fraction)):
@@ -212,7 +213,7 @@ def _read_recipe(what: str, config: EncoderLike, changes: dict[str, Any]) -> Run
     if not isinstance(config, (str, os.PathLike)):
         raise ValueError(f"show {what}: takes a recipe, a YAML file or a run folder; an encoder does not tell it.")
     run = RunFolder(expand_path(os.fspath(config)))
-    return load_recipe(run.config if run.is_run else os.fspath(config), changes)
+    return read_settings(run.config if run.is_run else os.fspath(config), changes)
 
 
 def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:

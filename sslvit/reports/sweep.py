@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sslvit.data.python_data import is_dataset
 from sslvit.figures import plot_ranges
 from sslvit.files import printable
 from sslvit.messages import for_python
@@ -95,6 +96,8 @@ def sweep(
     given = plain_grid(grid or {})
     if not swept_keys(given):
         raise ValueError('grid: no setting has several values. Give some, as in grid={"encoder.depth": [2, 4]}.')
+    if is_dataset(data):
+        raise ValueError("data: a sweep takes shards or a folder, which other processes can open. Pack the images.")
     shared = plain_grid({key: [value] for key, value in changes.items() if key not in given})
     planned = plan_sweep(config, one_source(data), out, shared | given, init)
     claim_runs(planned)

@@ -26,6 +26,10 @@ from sslvit.weight_files import read_folder_weights, read_torch_file
 logger = logging.getLogger(__name__)
 
 
+class HeadsNotStated(ValueError):
+    """A file tells nothing of attention heads, and neither does the caller."""
+
+
 def load_mae(
     source: str | Path, heads: int | None = None, decoder_heads: int | None = None, **settings: Any
 ) -> MAEModel:
@@ -55,7 +59,7 @@ def load_mae(
         return _mae_from_run(content, path, settings)
     if heads is None or decoder_heads is None:
         missing = " and ".join(key for key, value in given.items() if value is None)
-        raise ValueError(f"{path}: a released file does not state its {missing}. Give them (12 and 16 for ViT-B).")
+        raise HeadsNotStated(f"{path}: a released file does not state its {missing}. Give them (12 and 16 for ViT-B).")
     return mae_from_state(unwrap(content, str(path)).everything, heads, decoder_heads, **settings)
 
 

@@ -190,6 +190,7 @@ def plan(
         classes = examples.classes
         images = settings.data.images_of(examples.images, examples.location, classes)
     else:
+        images = settings.data.images_of(images, "--images", classes)
         examples = Examples("", images, classes, [])
         if measure:
             raise ValueError("measure: real steps take images, not their number. Give shards or a folder.")

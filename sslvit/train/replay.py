@@ -40,7 +40,7 @@ def replay(folder: str | Path) -> list[str]:
         step, run = about["step"], RunPlan(**about["run"])
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'incident.json'}: damaged ({error}).") from error
-    settings = load_recipe(folder / "config.yaml")
+    settings = load_recipe(folder / "config.yaml", {"data.allow_pipe": True})  # nothing is read from there
     task = make_task(settings, run)
     task.load_state_dict(read_checkpoint(folder / "state.ckpt")["state_dict"])
     files = sorted(folder.glob("batch-rank-*.safetensors"))

@@ -129,7 +129,9 @@ def here(tmp_path: Path) -> Path:
 def test_health_needs_no_labels(here: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["health", str(here / "encoder"), str(here / "plain"), "--images", "12"]
     assert main([*words, "-o", str(here / "health.json")]) == 0
-    rows = json.loads((here / "health.json").read_text())
+    found = json.loads((here / "health.json").read_text())
+    assert (found["about"]["images"], found["about"]["data"]) == (12, str(here / "plain"))
+    rows = found["rows"]
     assert list(rows) == ["raw pixels", "untrained encoder", "encoder"]
     assert 0 < rows["encoder"]["alignment"] < 4
     assert 1 <= rows["encoder"]["rankme"] <= 12

@@ -598,7 +598,7 @@ def test_a_card_says_in_words_which_part_of_an_image_is_seen(tmp_path: Path) -> 
         ("torch", {"interpolate_offset": 0.1}, "interpolate_offset: 0.1"),
         ("torch", IGPT, "tokens: pixel"),
         ("onnx", {"pos_embed": "relative_bias"}, "pos_embed: relative_bias"),
-        ("safetensors", IGPT, "a pixel sequence is tied to its size"),
+        ("safetensors", IGPT, "a pixel sequence with encoder.pos_embed learned_1d is tied to its size"),
     ],
 )
 def test_sizes_at_which_positions_would_differ_are_refused(tmp_path: Path, kind: str, options, reason: str) -> None:

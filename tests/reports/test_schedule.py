@@ -69,6 +69,8 @@ def test_the_command_draws_or_says_what_is_missing(
     assert main(["show", "schedule", "igpt/digits", "--train.epochs", "2"]) == 0
     assert capsys.readouterr().out.strip() == "schedule.png"
     assert (tmp_path / "schedule.png").stat().st_size > 1000
+    words = ["--init", "zoo:digits/mae", "--train.epochs", "2", "--data.global_batch_size", "8", "-o", "continued.png"]
+    assert main(["show", "schedule", "mae/continue", *words]) == 0  # whose encoder is that one
     images = str(image_folder(tmp_path / "images", count=4))
     encoder = ["zoo:digits/mae", images]
     for words, reason in (

@@ -259,6 +259,8 @@ def test_a_length_that_each_run_would_choose_itself_is_refused(shards: Path, tmp
         swept(shards, tmp_path / "sweep", {"encoder.depth": [1, 2]}, **{"train.steps": None, "train.epochs": None})
     with pytest.raises(ValueError, match="this recipe trains with labels"):
         sslvit.sweep("finetune/small_images", shards / "train", tmp_path / "sweep", {"seed": [0, 1]})
+    with pytest.raises(ValueError, match="data: a sweep takes shards or a folder"):
+        sslvit.sweep("mae/digits", np.zeros((8, 8, 8, 3), np.uint8), tmp_path / "sweep", {"seed": [0, 1]})
 
 
 def test_a_budget_is_a_length_for_all_runs(shards: Path, tmp_path: Path) -> None:

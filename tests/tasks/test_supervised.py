@@ -444,6 +444,8 @@ def test_training_from_scratch_differs_in_its_start_alone(shards: Path) -> None:
     assert other.pop("init") is None
     one.pop("out"), other.pop("out")
     assert one == other
+    again = sslvit.finetune(*paths, tuned.config, shards / "again", scratch=True)  # a recipe that names an encoder
+    assert again.read_config()["init"] is None
 
 
 def test_a_run_whose_reported_images_cannot_be_read_keeps_its_weights_and_is_scored_by_a_resume(

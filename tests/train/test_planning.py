@@ -51,6 +51,7 @@ def test_a_gpu_is_named_by_its_peak_or_its_memory() -> None:
     assert {"1 x h200", "1 x a100"} < {pace.hardware for pace in large.paces}
     assert large.loading.workers > 0
     assert not large.loading.is_measured
+    assert sslvit.plan("mae/own_images", images=100, **TINY_RUN | {"data.limit": 40}).to_dict()["images"] == 40
     with pytest.raises(ValueError, match="measure: real steps take images"):
         sslvit.plan("mae/own_images", images=100, measure=True)
 
