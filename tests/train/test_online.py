@@ -93,6 +93,15 @@ def labeled_features(encoder: ViTEncoder, folder: Path, numbers: np.ndarray) -> 
         return encoder.features(images).numpy(), np.array(labels)
 
 
+def test_loader_processes_of_scores_are_those_of_one_rank(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several ranks on a machine each has its part of the cores, whichever launcher started them."""
+    asked: list[tuple] = []
+    monkeypatch.setattr("sslvit.train.callbacks.scoring.pick_workers", lambda *given: asked.append(given) or 0)
+    online = {"online.train": str(shards / "train"), "online.val": str(shards / "val"), "online.images": 20}
+    run(shards / "train", shards / "run", **online | {"train.steps": 1, "data.workers": None})
+    assert asked == [(None, "cpu", 1)]
+
+
 def test_a_look_gives_back_the_mode_of_every_part() -> None:
     class Task(torch.nn.Sequential):
         def gather_full_copy(self):

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sslvit.checkpoint import load_encoder
 from sslvit.evaluate.probe import probe
+from sslvit.ranks import all_ranks
 from sslvit.run_plan import RunPlan
 from sslvit.settings import ProbeSettings
 from sslvit.settings.load import load_recipe
@@ -79,6 +80,7 @@ def probe_score(shards: Path, folder: RunFolder) -> dict:
 LEAVES_THREADS = """
 import json, sys
 from pathlib import Path
+from sslvit.ranks import all_ranks
 from sslvit.settings.load import load_recipe
 from sslvit.train.run import pretrain
 
@@ -329,3 +331,19 @@ def test_only_the_silence_of_others_is_a_lost_rank() -> None:
         torch.distributed.DistNetworkError("address already in use, the socket cannot listen"), 2
     )
     assert not is_peer_failure(RuntimeError("https://images.example/0.tar: Connection refused"), 2)
+
+
+def test_each_process_of_an_evaluation_makes_its_gpu_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned memory and events would be of the first GPU otherwise."""
+    made: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    for local_rank in ("1", "2"):  # the second has no GPU of its own, and evaluates on the CPU
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        for size in ("1", "3"):
+            monkeypatch.setenv("WORLD_SIZE", size)
+            with all_ranks():
+                pass
+    assert made == [1]
