@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,18 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
 
 
 @needs_one
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("recipe", "precision", "mode"),
+    [*itertools.product(RECIPES, ["float32", "bf16"], ["none"]), ("mae/digits", "bf16", "default")],
+)
 def test_a_resume_with_repeatable_kernels_is_bit_identical(
-    shards: Path, tmp_path: Path, recipe: str, precision: str, monkeypatch: pytest.MonkeyPatch
+    shards: Path, tmp_path: Path, recipe: str, precision: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from test_resume import interrupted
 
     options = {**GPU, "encoder.dropout": 0.1, "train.deterministic": True, "train.precision": precision,
-               "train.micro_batch_size": 4, "data.workers": 2, "data.memory_limit_mb": 0, "recipe": recipe}  # fmt: skip
+               "train.micro_batch_size": 4, "data.workers": 2, "data.memory_limit_mb": 0, "recipe": recipe,
+               "train.compile": mode}  # fmt: skip
     whole = run(shards, tmp_path / "whole", **options)
     interrupted(shards, tmp_path / "cut", 5, monkeypatch, **options)
     assert same(run(shards, tmp_path / "cut", resume=True, **options), whole)
