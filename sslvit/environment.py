@@ -112,7 +112,7 @@ def keep_freed_memory() -> None:
 
 
 def require_packages(asked: str, install: str, *packages: str) -> None:
-    """Refuse what needs packages that are not installed, before any work.
+    """Refuse what needs packages that are not installed, or in a version that is too old, before any work.
 
     Args:
         asked: What needs them, in the user's words, such as "--format onnx".
@@ -120,11 +120,32 @@ def require_packages(asked: str, install: str, *packages: str) -> None:
         packages: Names by which they are imported.
 
     Raises:
-        ImportError: One of them is not installed.
+        ImportError: One of them is not installed, or does not meet the requirement of sslvit's own metadata.
     """
     for package in packages:
         if find_spec(package) is None:
             raise ImportError(f"{asked}: {package} is not installed. Run: pip install '{install}'")
+        if requirement := _unmet_requirement(package):
+            raise ImportError(
+                f"{asked}: needs {requirement}, but {metadata.version(package)} is installed. Run: pip install "
+                f"--upgrade '{install}'"
+            )
+
+
+def _unmet_requirement(package: str) -> str | None:
+    """The requirement of sslvit's metadata that an installed package does not meet, such as timm>=1.0.26, or None."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    try:
+        requirements, version = metadata.requires("sslvit") or [], metadata.version(package)
+    except metadata.PackageNotFoundError:  # sslvit or the package is not installed, but on PYTHONPATH
+        return None
+    for one in map(Requirement, requirements):
+        is_same = canonicalize_name(one.name) == canonicalize_name(package)
+        if is_same and not one.specifier.contains(version, prereleases=True):
+            return f"{one.name}{one.specifier}"
+    return None
 
 
 def pick_device(name: str = "auto") -> str:

@@ -6,13 +6,14 @@ import platform
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
-from sslvit.environment import limited_steps
+from sslvit.environment import limited_steps, require_packages
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 
@@ -46,6 +47,17 @@ def test_what_needs_a_missing_package_names_the_extra(
         rf"sslvit: error: .+: {package} is not installed. Run: pip install 'sslvit\[{extra}\]'", message
     )
     assert not Path("out").exists()
+
+
+def test_a_package_that_is_too_old_is_refused_with_the_version_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    (needed,) = (line for line in metadata.requires("sslvit") if line.startswith("timm"))
+    least = needed.partition(">=")[2].partition(";")[0].strip()
+    require_packages("--format timm", "sslvit[timm]", "timm", "huggingface_hub")  # the last is not among them
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0.9" if name == "timm" else version(name))
+    said = f"--format timm: needs timm>={least}, but 1.0.9 is installed. Run: pip install --upgrade 'sslvit[timm]'"
+    with pytest.raises(ImportError, match=re.escape(said)):
+        require_packages("--format timm", "sslvit[timm]", "timm")
 
 
 def test_an_environment_variable_shortens_runs_and_heads_and_says_so(

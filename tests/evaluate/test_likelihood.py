@@ -231,7 +231,9 @@ def test_the_table_and_its_command(model: IGPTModel, tmp_path: Path, capsys: pyt
     words = ["likelihood", str(tmp_path / "igpt.ckpt"), "--train", str(tmp_path / "train"), "--val",
              str(tmp_path / "val"), "-o", str(tmp_path / "n.json")]  # fmt: skip
     assert main(words) == 0
-    assert json.loads((tmp_path / "n.json").read_text()) == rows
+    written = json.loads((tmp_path / "n.json").read_text())
+    assert written["rows"] == rows
+    assert (written["about"]["data"], written["about"]["images"]) == (val.index.location, val.images)
     assert "2.0794" in capsys.readouterr().out
     assert main(words) == 1
     assert "n.json: already exists" in capsys.readouterr().err

@@ -82,7 +82,7 @@ def test_timm_gives_the_features_of_the_checkpoint(tmp_path: Path, options: dict
     with torch.no_grad():
         torch.testing.assert_close(model(images), encoder.features(images), atol=1e-5, rtol=1e-5)
     config = model.pretrained_cfg
-    assert config["input_size"] == (encoder.settings.channels, height, width)
+    assert tuple(config["input_size"]) == (encoder.settings.channels, height, width)
     assert list(config["mean"]) == encoder.settings.mean
     assert config["interpolation"] == "bicubic"
 
