@@ -24,7 +24,7 @@ def class_attention(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Fl
     if not encoder.settings.class_token:
         raise ValueError("attention of the class token: this encoder has none (encoder.class_token: false).")
     rows_of_class = []
-    for image in track(images, "attention maps", len(images)):  # one by one: of 't t' weights only one row is kept
+    for image in track(images, "attention maps", len(images)):  # one by one: only one row of the 't t' weights is kept
         (last,) = encoder.intermediates(image[None], [len(encoder.blocks)], attention=True)
         assert last.attention is not None
         rows_of_class.append(last.attention[:, :, 0, encoder.prefix :])
@@ -34,7 +34,7 @@ def class_attention(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Fl
 
 
 def mass_mask(attention: Float[Tensor, "b heads rows cols"], mass: float = 0.6) -> Bool[Tensor, "b heads rows cols"]:
-    """The fewest patches that hold a fraction of each head's attention (DINO, figure 4: 60 %)."""
+    """The smallest set of patches that holds a fraction of each head's attention (DINO, figure 4: 60 %)."""
     flat = attention.flatten(2)
     flat = flat / flat.sum(2, keepdim=True)
     ordered, order = flat.sort(2, descending=True)
@@ -52,7 +52,7 @@ def patch_colors(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Float
     rows, columns = encoder.settings.grid_of(*images.shape[2:])
     centered = (tokens - tokens.mean((0, 1))).flatten(0, 1).double()
     _, _, axes = torch.linalg.svd(centered, full_matrices=False)
-    axes = axes[:3] * axes[:3].sum(1, keepdim=True).sign()  # a component and its negative are the same: pick one
+    axes = axes[:3] * axes[:3].sum(1, keepdim=True).sign()  # the sign of a component is arbitrary: fix it
     components = centered @ axes.T  # (b n) 3
     low, high = (components.quantile(level, dim=0) for level in (0.02, 0.98))
     colors = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
@@ -84,8 +84,8 @@ def attention_measures(
 ) -> tuple[Float[Tensor, "layers heads"], Float[Tensor, "layers heads"]]:
     """Mean attention distance of each head, in pixels of the image, and its entropy, in nats.
 
-    The distance is that of patch centers, weighted by the attention that a patch pays to patches (ViT, Dosovitskiy
-    et al. 2021, figure 7); the entropy is that of a token's whole row. Both are means over tokens and images.
+    The distance is that between patch centers, weighted by the attention from patch to patch (ViT, Dosovitskiy et al.
+    2021, figure 7); the entropy is that of a token's whole attention row. Both are means over tokens and images.
     """
     rows, columns = encoder.settings.grid_of(*images.shape[2:])
     grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), 2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Features on disk, under a key of encoder, shards and view."""
+"""A cache of features on disk, keyed by encoder, shards and view."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from sslvit.settings.views import ViewSettings
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # raised when the same key would mean other numbers
+FORMAT = 2  # increased when the same key would stand for different numbers
 
 
 def key_of(source: Source, data: LabeledSet, view: ViewSettings, batch: int) -> str:
-    """The key of features: weights and settings, images, view, and all else that moves their last digits."""
+    """The cache key of features: weights, settings, images, view, and all else that affects their last digits."""
     settings = asdict(source.settings)
     content = {
         "format": FORMAT, "source": source.fingerprint(), "settings": settings, "shards": data.index.fingerprint(),
@@ -39,7 +39,7 @@ def key_of(source: Source, data: LabeledSet, view: ViewSettings, batch: int) -> 
 
 
 class FeatureCache:
-    """A folder of features, kept below a size; the least recently used go first. Foreign files are left alone."""
+    """A folder of features of limited size: the least recently used are deleted first. Other files are left alone."""
 
     def __init__(self, folder: str | Path, limit_gb: float = 20.0) -> None:
         self.folder, self.limit_gb = cache_folder(folder), limit_gb
@@ -47,9 +47,9 @@ class FeatureCache:
             raise ValueError(f"--cache {folder}: not a folder. Give one, or none.")
 
     def find(self, key: str, readouts: Sequence[Readout], samples: np.ndarray) -> FeatureTable | None:
-        """The cached ones of some readouts, or None if none is there; a damaged file counts as not there.
+        """The cached features at some readouts, or None if there are none; a damaged file counts as missing.
 
-        The table must have these samples, in this order.
+        A cached table counts only if it has these samples in this order.
         """
         try:
             rows = load_file(self.folder / key / "rows.safetensors")
@@ -66,12 +66,12 @@ class FeatureCache:
                 continue
             if len(values) == len(labels):
                 columns[readout] = values
-        with suppress(OSError):  # another process may have made room
+        with suppress(OSError):  # another process may have deleted it to make room
             os.utime(self.folder / key)
         return FeatureTable(columns, labels, found) if columns else None
 
     def put(self, key: str, table: FeatureTable) -> None:
-        """Store a table beside what its key already has. A full disk or a read-only folder is no error."""
+        """Add a table to the features stored under its key. A full disk or a read-only folder is not an error."""
         folder = self.folder / key
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class FeatureCache:
 
 
 def _is_ours(entry: Path) -> bool:
-    """Whether a folder is an entry of a cache: its name is a key, and it holds only tables and parts of them."""
+    """Whether a folder is an entry of a cache: its name is a key, and it holds only tables, perhaps unfinished."""
     if not re.fullmatch(r"[0-9a-f]{32}", entry.name) or entry.is_symlink() or not entry.is_dir():
         return False
     return all(re.fullmatch(r"(rows|\d+-[a-z+]+)\.safetensors(\.\d+\.part)?", file.name) for file in entry.iterdir())
@@ -108,5 +108,5 @@ def _name(readout: Readout) -> str:
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     remove_stale_temporaries(path)
-    with new_file(path, sync=False) as temporary:  # what a power cut damages counts as not there
+    with new_file(path, sync=False) as temporary:  # a file damaged by a power cut counts as missing
         save_file(tensors, temporary)

@@ -23,7 +23,7 @@ TOP_K = 5
 class Accuracy:
     """Accuracy in percent on the readable images of a data set, each counted once on any number of ranks.
 
-    Of five classes or fewer there is no top-5 accuracy.
+    With five classes or fewer there is no top-5 accuracy.
     """
 
     top1: float
@@ -60,7 +60,7 @@ def accuracy(
     for piece in track(loader, "validation", len(data.samples), each=batch * world_size()):
         logits = logits_of(normalized_view(piece, settings, device)).float()
         valid, labels = (column.to(device, non_blocking=True)[:, None] for column in (piece.valid, labels_of(piece)))
-        is_finite &= (logits.isfinite() | ~valid).all()  # the host asks once, at the end
+        is_finite &= (logits.isfinite() | ~valid).all()  # the host waits for the device once, at the end
         samples.append(all_gather(piece.samples)[all_gather(piece.valid)])
         unreadable |= piece.unreadable
         is_right = (logits.topk(min(TOP_K, classes), dim=1).indices == labels) & valid

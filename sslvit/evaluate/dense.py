@@ -2,7 +2,7 @@
 
 A patch's target is the frequency of each class among its labeled pixels, so the loss is that of all pixels under one
 prediction per patch. Predictions are interpolated to the pixels before they are counted. The map is fitted and scored
-on the part of each image that the encoder sees, and there on all pixels with a label.
+on the part of each image that the encoder sees, on all of its labeled pixels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sslvit.stopping import obey_parent_alone
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_EVERY = 5  # one of so many training images selects the penalty
+HELD_OUT_EVERY = 5  # one in this many training images is held out to select the penalty
 
 
 @dataclass
@@ -60,10 +60,10 @@ class PatchMaps:
 
     Args:
         encoder: The encoder, on the device; None for the patches' own pixels.
-        settings: How images are seen.
+        settings: Settings of the view of each image.
         batch: Images per forward pass.
         device: Device of the features.
-        workers: Number of loader processes; None for what suits the device (`pick_workers`).
+        workers: Number of loader processes; None to choose by the device (`pick_workers`).
         precision: Precision of the encoder's forward passes.
     """
 
@@ -113,8 +113,8 @@ def segment(
 ) -> DenseTable:  # fmt: skip
     """Score frozen patch tokens by a linear map to classes.
 
-    None among the encoders stands for the patches' own pixels. A random fifth of `train` selects the penalty; `val`
-    selects nothing. So many predicted `pictures` are kept for a figure.
+    An encoder of None stands for the patches' own pixels. A random fifth of `train` selects the penalty; `val` is only
+    scored. The predictions of the first `pictures` images are kept for a figure.
 
     Raises:
         ValueError: `val` has classes that are not in `train`, or `train` has fewer than two.
@@ -126,7 +126,7 @@ def segment(
     classes = of_train.classes
     count = max(1, len(of_train.labeled) // HELD_OUT_EVERY)
     is_held_out = torch.zeros(len(train), dtype=torch.bool)
-    # an image without labels could select nothing
+    # only labeled images, since others cannot help to select
     is_held_out[of_train.labeled[rng.generator(seed, "dense").permutation(len(of_train.labeled))[:count]]] = True
     scores: Scores = {}
     predictions = {}
@@ -158,7 +158,7 @@ def segment(
 
 
 def check_masks(train: MaskedImages, val: MaskedImages, of_train: MaskSummary, of_val: MaskSummary) -> None:
-    """Refuse masks that nothing can be fitted on, or that cannot be scored."""
+    """Refuse masks on which nothing can be fitted or scored."""
     if len(of_train.labeled) < 2:
         raise ValueError(
             f"{train.folder}: {len(of_train.labeled)} of {len(train)} images have labeled pixels in the encoder's "
@@ -193,7 +193,7 @@ def fit_head(
     values: Float[Tensor, "n d"], target: Float[Tensor, "n classes"], weights: Float[Tensor, "n"],
     is_held_out: Bool[Tensor, "n"],
 ) -> LinearMap:  # fmt: skip
-    """Fit a map on all patches, with the L2 penalty of the lowest loss on held-out ones."""
+    """Fit a map on all patches, with the L2 penalty that has the lowest loss on held-out patches."""
     values, weights, classes = values.double(), weights.double(), target.shape[1]
     mean, scale = values.mean(0), values.std(0, correction=0).clamp(min=1e-12)
     values = (values - mean) / scale

@@ -1,4 +1,4 @@
-"""How much better one encoder is than another: the same images, the same draws of labels, and an interval."""
+"""How much better one encoder is than another on the same images and draws of labels, with an interval."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Difference:
 def difference(row: str, against: str, column: str, one: list[Tensor], other: list[Tensor]) -> Difference:
     """The difference of two rows, image by image and draw by draw.
 
-    Both rows are scored on the same images, and on the same draws of labels, so what makes an image or a draw hard for
-    both falls out of the difference. Its variance is that over images (of the mean over draws) plus that over draws.
+    Both rows are scored on the same images, and on the same draws of labels, so whatever makes an image or a draw hard
+    for both cancels in the difference. Its variance is that over images (of the mean over draws) plus that over draws.
     """
     paired = torch.stack([100 * (a.double() - b.double()) for a, b in zip(one, other, strict=True)])  # draws n
     over_images = paired.mean(0)
@@ -67,7 +67,7 @@ def differences(right: dict[str, Right]) -> list[Difference]:
 
 
 def verdicts(found: list[Difference]) -> list[str]:
-    """For each row one sentence: in which columns it is better or worse by more than chance explains."""
+    """One sentence for each row: the columns in which it is better or worse by more than chance explains."""
     sentences = []
     for row in dict.fromkeys(one.row for one in found):
         of_row = [one for one in found if one.row == row]

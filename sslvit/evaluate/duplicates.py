@@ -28,10 +28,10 @@ from sslvit.progress import track
 from sslvit.results import Result
 from sslvit.settings.probe import KNNSettings
 
-BLOCK = 4096  # images that are compared with as many others at once, in 64 MB
-MAX_IMAGES = 2_000_000  # of both sets: their features lie in memory, and every pair is compared
+BLOCK = 4096  # images per block; two blocks are compared at once, in 64 MB
+MAX_IMAGES = 2_000_000  # in both sets, since their features are kept in memory and every pair is compared
 ROUNDING = 1e-6  # of a cosine similarity in float32
-SHOWN = 8  # groups of a picture, and images of each
+SHOWN = 8  # groups in a picture, and images of each group
 LISTED = 10  # groups in the text
 
 
@@ -42,10 +42,10 @@ class NearDuplicates(Result):
     Args:
         index: The images.
         against: Images that must not occur among them, such as those of a validation set; None for none.
-        threshold: Least cosine similarity of two near-duplicates.
-        samples: Sample numbers of the images that could be read, of `index`, then of `against`.
-        sizes: How many of them are of `index`.
-        groups: Rows of `samples` in each group, the largest first; images in a chain of near-duplicates are one group.
+        threshold: Smallest cosine similarity of two near-duplicates.
+        samples: Sample numbers of the images that could be read, first of `index`, then of `against`.
+        sizes: Number of them that belong to `index`.
+        groups: Rows of `samples` in each group, the largest group first; a chain of near-duplicates is one group.
         features: Features of unit length, 'n d'.
     """
 
@@ -69,7 +69,7 @@ class NearDuplicates(Result):
         return [self.names(inside) for group in self.groups if len(inside := self.inside(group)) > 1]
 
     def inside(self, group: np.ndarray) -> np.ndarray:
-        """The rows of a group that are of `index`."""
+        """The rows of a group that belong to `index`."""
         return group[group < self.sizes]
 
     def name(self, row: int) -> str:
@@ -83,9 +83,9 @@ class NearDuplicates(Result):
         return [self.name(int(row)) for row in rows]
 
     def kept(self) -> list[str]:
-        """Names of the images of `index` to keep: all without near-duplicates, and of each group the largest file.
+        """Names of the images of `index` to keep: all without near-duplicates, and the largest file of each group.
 
-        None is kept of a group with an image of `against`, nor are images that cannot be read.
+        Nothing is kept of a group with an image of `against`, and unreadable images are not kept.
         """
         is_kept = np.ones(self.sizes, bool)
         for group in self.groups:
@@ -96,7 +96,7 @@ class NearDuplicates(Result):
         return self.names(np.flatnonzero(is_kept))
 
     def write_kept(self, path: str | Path) -> int:
-        """Write the names of the images to keep, one a line, and return their number.
+        """Write the names of the images to keep, one per line, and return their number.
 
         Raises:
             WriteError: The disk is full or cannot be written to.
@@ -141,7 +141,7 @@ class NearDuplicates(Result):
         if not ordered:
             return None
         columns = min(SHOWN, max(map(len, ordered)))
-        # of a leak the last column is the other set's
+        # in a leak, the last column is an image of the other set
         chosen = [np.append(group[: columns - 1], group[-1]) if len(group) > columns else group for group in ordered]
         readers = {index is self.index: ShardReader(index, encoder.settings.channels, 0)
                    for index in (self.index, self.against) if index is not None}  # fmt: skip
@@ -177,14 +177,14 @@ def find_near_duplicates(
     encoder: Encoder, index: ShardIndex, threshold: float, against: ShardIndex | None = None,
     cache: str | Path | None = KNNSettings.cache,
 ) -> NearDuplicates:  # fmt: skip
-    """Images of a data set, or across two, whose features have a high cosine similarity.
+    """Find images, within a data set or across two, whose features have a high cosine similarity.
 
     Args:
-        encoder: Encoder in evaluation mode, whose own features are compared.
+        encoder: Encoder in evaluation mode; its default features are compared.
         index: Images.
-        threshold: Least cosine similarity.
+        threshold: Smallest cosine similarity of near-duplicates.
         against: Other images that must not be among them.
-        cache: Folder that keeps features; None for no such folder.
+        cache: Folder that caches features; None for no cache.
 
     Raises:
         ValueError: A threshold outside of (0, 1], or more images than are compared.
@@ -194,7 +194,7 @@ def find_near_duplicates(
     source = frozen(encoder.to(device))
     readouts = source.readouts(None, 1, None)
     extractor = FeatureExtractor(cache=FeatureCache(cache) if cache else None)
-    sets = [LabeledSet(one, encoder.settings.channels, None, 1.0) for one in indices]  # all can be unreadable
+    sets = [LabeledSet(one, encoder.settings.channels, None, 1.0) for one in indices]  # any number may be unreadable
     tables = [extractor.features(source, one, readouts) for one in sets]
     features = F.normalize(torch.cat([table.at(readouts).values for table in tables]), dim=1)
     samples = np.concatenate([table.samples.numpy() for table in tables])
@@ -208,15 +208,15 @@ def connect(
     features: Float[Tensor, "n d"], threshold: float, first: int, device: str | torch.device = "cpu",
     block: int = BLOCK,
 ) -> Int[np.ndarray, "n"]:  # fmt: skip
-    """The smallest row that each row is connected with by a chain of similar ones.
+    """For each row, the smallest row that a chain of similar rows connects it with.
 
-    Two blocks of rows are compared at a time, and only what connects them is kept.
+    Two blocks of rows are compared at a time, and only the connections are kept.
 
     Args:
         features: Features of unit length.
-        threshold: Least cosine similarity of two rows that are similar.
-        first: Number of rows that are compared with those behind them; pairs of later rows are left out.
-        device: Where similarities are computed.
+        threshold: Smallest cosine similarity of two similar rows.
+        first: Number of leading rows, each compared with all rows after it; pairs of later rows are left out.
+        device: Device on which similarities are computed.
         block: Number of rows in a block.
     """
     parent = np.arange(len(features))
@@ -232,7 +232,7 @@ def connect(
 
 
 def _join(parent: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
-    """Connect pairs of rows: each root is hung below the smallest root that it meets, until none meets another."""
+    """Connect pairs of rows: attach each root to the smallest root it is paired with, until no pair has two roots."""
     while True:
         one, other = _roots(parent, one), _roots(parent, other)
         is_apart = one != other
@@ -243,22 +243,22 @@ def _join(parent: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
 
 
 def _roots(parent: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The end of each row's way up; ways lead to smaller rows, so they end."""
+    """The root of each row; every parent is a smaller row, so the search ends."""
     asked = rows
     while not np.array_equal(above := parent[rows], rows):
         rows = above
-    parent[asked] = rows  # the next time the way is short
+    parent[asked] = rows  # the next search is short
     return rows
 
 
 def groups_of(roots: np.ndarray) -> list[np.ndarray]:
-    """Rows with the same root, several of each, the largest group first."""
+    """Groups of two or more rows with the same root, the largest group first."""
     order = np.argsort(roots, kind="stable")
     pieces = np.split(order, np.flatnonzero(np.diff(roots[order])) + 1)
     return sorted((piece for piece in pieces if len(piece) > 1), key=lambda piece: (-len(piece), piece[0]))
 
 
 def _brief(names: list[str]) -> str:
-    """Some names of a group."""
+    """The first names of a group, and how many more there are."""
     more = f" and {len(names) - 4:,} more" if len(names) > 4 else ""
     return " = ".join(printable(os.fspath(name)) for name in names[:4]) + more

@@ -25,9 +25,9 @@ class Embeddings(Result):
         keys: names of the images.
         labels: class numbers 'n', or None where there are none.
         classes: names of the classes; empty where there are none.
-        heading: what was read, and what is seen of each image.
-        image_size: height and width in pixels that images were seen at.
-        path: the file that they were written to.
+        heading: the data set, and the view of each image.
+        image_size: height and width of the view in pixels.
+        path: the file they were written to.
     """
 
     features: np.ndarray
@@ -39,14 +39,14 @@ class Embeddings(Result):
     path: Path | None = None
 
     def text(self) -> str:
-        """What the arrays are."""
+        """A description of the arrays."""
         arrays = "features, keys, labels and classes" if self.labels is not None else "features and keys"
         where = f"{self.path}: " if self.path else ""
         about, _, view = self.heading.partition("\n")
         return f"{where}{arrays} of {about}, {self.features.shape[1]} numbers each\n{view}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The file and what is in it, without the arrays."""
+        """The file and a summary of its content, without the arrays."""
         return {
             "path": self.path and str(self.path), "images": len(self.features), "width": self.features.shape[1],
             "classes": self.classes if self.labels is not None else None, "image_size": self.image_size,
@@ -59,7 +59,7 @@ class Embeddings(Result):
         return ("array", "shape", "type"), found
 
     def save(self, file: Path) -> None:
-        """Write an .npz of features, keys and, where there are labels, labels and classes; whole or not at all."""
+        """Write features and keys, and labels and classes if there are any, as .npz; the file is complete or absent."""
         arrays: dict[str, np.ndarray] = {"features": self.features, "keys": self.keys}
         if self.labels is not None:
             arrays |= {"labels": self.labels, "classes": np.array(self.classes)}
@@ -75,12 +75,12 @@ def embed(
     """Features of the encoder's center view of every image that can be read.
 
     Raises:
-        NoScore: too many images cannot be read, or features that are not finite.
+        NoScore: too many images cannot be read, or features are not finite.
     """
     table = FeatureExtractor(batch, workers).run(source, data, readouts, center_view(source.settings))
     index = data.index
     numbers = table.samples.numpy()
-    labels = index.labels_of(numbers).astype(np.int64) if index.classes else None  # as torch's losses take them
+    labels = index.labels_of(numbers).astype(np.int64) if index.classes else None  # the type that torch's losses take
     keys = np.array([index.key(number) for number in numbers])
     heading = f"{data.count_text}\neach image: {view_in_words(source.settings, source.precision)}"
     size = source.settings.image_size

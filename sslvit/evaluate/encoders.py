@@ -30,7 +30,7 @@ Size = int | str | Sequence[int]
 
 
 def keeps_devices(function: Callable[P, R]) -> Callable[P, R]:
-    """A decorator of functions that move encoders: modules that they are given return to where they were."""
+    """A decorator for functions that move encoders: moves modules in the arguments back to their devices afterwards."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -47,7 +47,7 @@ def keeps_devices(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def open_encoder(encoder: EncoderLike, crop_fraction: float | None = None, size: Size | None = None) -> Encoder:
-    """An encoder by name or as it is, seeing another part of each image, or at another size, if that is asked for."""
+    """Open an encoder by name, or take a module as it is; optionally change the crop or the size of its images."""
     found: Encoder
     if isinstance(encoder, (ViTEncoder, Backbone)):
         found = encoder
@@ -67,7 +67,7 @@ def open_encoder(encoder: EncoderLike, crop_fraction: float | None = None, size:
     seen = copy.copy(found)  # with the same weights
     seen.settings = replace(found.settings, **changes)
     if isinstance(seen, Backbone):
-        seen.measure_width()  # refuses a size that it cannot take
+        seen.measure_width()  # refuses a size that the network cannot take
     elif seen.settings.grid != seen.position_grid and is_first_rank():
         grids = [f"{rows} x {columns}" for rows, columns in (seen.position_grid, seen.settings.grid)]
         logger.info(f"images are seen in {grids[1]} patches; positions are interpolated from {grids[0]}")

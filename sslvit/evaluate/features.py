@@ -1,7 +1,7 @@
 """Frozen encoder -> features of a data set, in one pass, at any number of readouts.
 
-A pass is cut into batches of one size, keyed by position, so features do not depend on how many processes share it.
-The host reads the features of a batch while the device computes those of the next.
+A pass is cut into batches of one size, keyed by position, so features do not depend on the number of processes that
+share it. The host reads the features of a batch while the device computes those of the next.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 @dataclass
 class FeatureExtractor:
-    """Computes features of data sets, and keeps those of the last source; those of center views in a cache, too.
+    """Computes features of data sets and keeps those of the last source; features of center views may also be cached.
 
     Args:
         batch: Images per forward pass.
-        workers: Number of loader processes; None for what suits the source's device (`pick_workers`).
-        cache: Where features of center views are kept; None for nowhere.
+        workers: Number of loader processes; None to choose by the source's device (`pick_workers`).
+        cache: Cache on disk for features of center views; None for no cache.
     """
 
     batch: int = 256
@@ -47,7 +47,7 @@ class FeatureExtractor:
     ) -> FeatureTable:
         """Features of the center view of every image, computed once for each readout.
 
-        Without a fraction the center crop is the encoder's own.
+        If no fraction is given, the center crop is the encoder's own.
         """
         fraction = fraction or source.settings.crop_fraction
         if source is not self._source:
@@ -57,7 +57,7 @@ class FeatureExtractor:
         if table is None or missing:
             made = self._through_cache(source, data, missing, center_view(source.settings, fraction))
             table = FeatureTable((table.columns if table else {}) | made.columns, made.labels, made.samples)
-            self._tables[id(data), fraction] = data, table  # kept with it, so that no other set gets its id
+            self._tables[id(data), fraction] = data, table  # the set is kept, so that no other one gets its id
         return table
 
     def _through_cache(
@@ -83,12 +83,14 @@ class FeatureExtractor:
         self, source: Source, data: LabeledSet, readouts: Sequence[Readout], view: ViewSettings, epoch: int = 0,
         seed: int = 0,
     ) -> FeatureTable:  # fmt: skip
-        """One pass over the images, each seen once through a view; every rank takes part, the first gets the table.
+        """Compute features in one pass over the images, each seen once through a view.
+
+        Every rank takes part; the first one gets the table, the others an empty one.
 
         Images that cannot be read are left out; `data` registers them.
 
         Raises:
-            NoScore: too many images cannot be read, or other ones than in an earlier pass; features that are not
+            NoScore: too many images cannot be read, or not the same ones as in an earlier pass, or features are not
                 finite.
         """
         settings = source.settings
@@ -125,7 +127,7 @@ class FeatureExtractor:
 
 
 def one_behind(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each once the next one has been made."""
+    """Yield the same items, each only after the next one has been made."""
     held: list[T] = []
     for item in items:
         yield from held
@@ -134,7 +136,7 @@ def one_behind(items: Iterable[T]) -> Iterator[T]:
 
 
 def check_finite(table: FeatureTable, data: LabeledSet) -> None:
-    """Refuse, on all ranks, features that are not finite; the first rank has them, the others an empty table."""
+    """Raise NoScore on all ranks if features are not finite; only the first rank has any features."""
     broken = [readout for readout, values in table.columns.items() if not values.isfinite().all()]
     broken = broadcast_from_rank0(broken)
     if broken:

@@ -15,7 +15,7 @@ MAX_PAIRED = 4096  # images whose pairs are all compared
 def feature_std(features: Float[Tensor, "b d"]) -> float:
     """Standard deviation over images, averaged over channels, of features scaled to a mean square of one.
 
-    0 where all images have the same features; 1 where channels are independent of each other and centered.
+    0 if all images have the same features; 1 if channels are independent of each other and centered.
     """
     scaled = features / features.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
     return float(scaled.std(0, unbiased=False).mean())
@@ -35,7 +35,7 @@ def rankme(features: Float[Tensor, "b d"]) -> float:
 
 
 def label_free(features: Float[Tensor, "b d"]) -> dict[str, float]:
-    """All measures of one set of features; those that so few images cannot give are left out."""
+    """All measures of one set of features; those that need more images are left out."""
     of_many = {"alpha": alpha_of_spectrum(features), "uniformity": uniformity(features)}
     given = {name: value for name, value in of_many.items() if math.isfinite(value)}
     return {"feature_std": feature_std(features), "rankme": rankme(features), **given}
@@ -66,9 +66,9 @@ def alignment(one: Float[Tensor, "b d"], other: Float[Tensor, "b d"]) -> float:
 
 
 def uniformity(features: Float[Tensor, "b d"]) -> float:
-    """log of the mean of exp(-2 distance^2) over pairs on the unit sphere (Wang and Isola 2020): 0 where all are alike.
+    """log of the mean of exp(-2 distance^2) over pairs on the unit sphere (Wang and Isola 2020): 0 if all are alike.
 
-    The lower, the more evenly the features cover the sphere. Of more than 4,096 images an evenly spaced subset is used.
+    The lower it is, the more evenly the features cover the sphere. Above 4,096 images an evenly spaced subset is used.
     """
     if len(features) < 2:
         return float("nan")
@@ -79,5 +79,5 @@ def uniformity(features: Float[Tensor, "b d"]) -> float:
 
 
 def largest_fraction(choices: Int[Tensor, "b"]) -> float:
-    """Fraction of the images that made the most frequent choice: 1 where all chose the same."""
+    """Fraction of the images that made the most frequent choice: 1 if all made the same choice."""
     return float(choices.bincount().max() / len(choices))

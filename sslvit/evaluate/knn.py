@@ -13,7 +13,7 @@ from sslvit.evaluate.sources import Features, full_float32
 from sslvit.progress import track
 
 QUERIES_AT_ONCE = 1024
-DAMPING = 0.05  # of whitening: fraction of the largest standard deviation that is added to each
+DAMPING = 0.05  # in whitening: fraction of the largest standard deviation that is added to every one
 BANK_AT_ONCE = 131_072  # training images: half a gigabyte of similarities
 
 
@@ -31,7 +31,7 @@ def recognized_by_neighbors(
     train: Features, val: Features, classes: int, neighbors: list[int], temperature: float,
     device: str | torch.device = "cpu", whiten: bool = False,
 ) -> dict[int, Bool[Tensor, "n"]]:  # fmt: skip
-    """Whether each image is recognized, for each k, from one search; by whitened features if asked for."""
+    """Whether each image is recognized, for each k, from one search; optionally on whitened features."""
     if whiten:
         whitened = fit_whitening(train.values, device)
         train, val = (Features(whitened(one.values), one.labels) for one in (train, val))
@@ -43,7 +43,7 @@ def recognized_by_neighbors(
         labels = labels.to(device)
         for k in neighbors:
             is_right[k].append(votes(similarity[:, :k], found[:, :k], classes, temperature).argmax(1) == labels)
-    return {k: torch.cat(found).cpu() for k, found in is_right.items()}  # the host asks once, at the end
+    return {k: torch.cat(found).cpu() for k, found in is_right.items()}  # the host waits only once, at the end
 
 
 def nearest(
@@ -65,21 +65,21 @@ def nearest(
 def votes(
     similarity: Float[Tensor, "m k"], labels: Int[Tensor, "m k"], classes: int, temperature: float
 ) -> Float[Tensor, "m classes"]:
-    """The sum of exp((similarity - the nearest's) / temperature) of each class's neighbors, nearest first.
+    """For each class, the sum of exp((similarity - the largest one) / temperature) over its neighbors.
 
-    Without the difference the sum of a small temperature would be beyond float32.
+    Neighbors come nearest first. Without the difference, a small temperature would overflow float32.
     """
     empty = similarity.new_zeros(len(similarity), classes)
     return empty.scatter_add_(1, labels, ((similarity - similarity[:, :1]) / temperature).exp())
 
 
 def fit_whitening(values: Float[Tensor, "n d"], device: str | torch.device = "cpu") -> Callable[[Tensor], Tensor]:
-    """What centers features and gives their principal components about equal variance (Jegou and Chum 2012, section 4).
+    """Fit a map that centers features and gives their principal components about equal variance.
 
-    A few directions that all images share often have most of the variance and decide every cosine similarity. Each
-    component is divided by its standard deviation plus a fraction of the largest one, so that components of noise do
-    not count as much as the others. The whitening is that of `values`, by their own mean and covariance, in float64;
-    labels play no part.
+    See Jegou and Chum 2012, section 4. A few directions that all images share often have most of the variance and
+    decide every cosine similarity. Each component is divided by its standard deviation plus a fraction of the largest
+    one, so that components of noise count less than the others. Mean and covariance are those of `values`, computed in
+    float64; labels are not used.
 
     Returns:
         A function from features 'n d' to whitened ones, on the CPU.

@@ -1,4 +1,4 @@
-"""Measures that need no labels, of an encoder beside the same network untrained and raw pixels."""
+"""Measures that need no labels, for an encoder, its untrained network and raw pixels."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PAIR = CropSettings(scale=[0.2, 1.0])  # two crops of an image, whose features s
 def measure_health(
     encoders: Mapping[str, Encoder], data: LabeledSet, settings: ProbeSettings
 ) -> dict[str, dict[str, float]]:
-    """RankMe, deviation, spectrum, uniformity and alignment of raw pixels and of encoders, untrained and as they are.
+    """RankMe, deviation, spectrum, uniformity and alignment of raw pixels, untrained networks and encoders.
 
     Args:
-        encoders: Encoders by the name of their row; those of one architecture share an untrained one.
+        encoders: Encoders by row name; those of one architecture share one untrained network.
         data: The images.
         settings: How features are read, and the seed of the crops and of the untrained weights.
     """

@@ -1,4 +1,4 @@
-"""Labeled data sets to probe on, refused before features are computed, and what names alone tell before packing."""
+"""Labeled data sets to probe on: checks by names alone before packing, and checks before features are computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sslvit.settings import ProbeSettings
 
 
 def open_labeled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:
-    """The two data sets of a probe, refused unless their classes are the same and their images are not."""
+    """Open the two data sets of a probe; refuse them unless they have the same classes and different images."""
     for key in ("train", "val"):
         check_labeled(f"--{key}", getattr(settings, key))  # before anything is packed
     check_same_source(settings.train, settings.val, settings.allow_same_data, "--allow-same-data")
@@ -55,15 +55,15 @@ def check_classes(train: ShardIndex, val: ShardIndex, settings: ProbeSettings) -
 
 
 def check_same_classes(train: ShardIndex, classes: list[str] | None, location: str) -> None:
-    """Refuse scored images whose classes are not those that heads are fitted on.
+    """Refuse scored images whose classes differ from those of the training images.
 
     Args:
-        train: What heads are fitted on.
-        classes: Classes of the images that are scored; None for unlabeled ones, of which others tell.
-        location: Where these lie.
+        train: Data that heads are fitted on.
+        classes: Classes of the scored images; None for unlabeled images, which another check refuses.
+        location: Location of the scored images.
 
     Raises:
-        ValueError: They differ.
+        ValueError: The classes differ.
     """
     if classes is not None and train.classes != classes:
         raise ValueError(
@@ -78,10 +78,10 @@ def check_counts(classes: list[str], labels: np.ndarray, settings: ProbeSettings
     Args:
         classes: Class names.
         labels: Class number of each training image.
-        settings: What is asked for.
+        settings: Settings of the probe.
 
     Raises:
-        ValueError: There are fewer.
+        ValueError: There are too few training images.
     """
     counts = np.bincount(labels, minlength=len(classes))
     if settings.neighbors and min(settings.neighbors) > len(labels):

@@ -32,7 +32,7 @@ class LayerTable(ProbeTable):
     Args:
         scores: "layer 3", "untrained, layer 3", "raw pixels" -> column -> scores.
         about: what a reader needs to quote them.
-        best: the block with the best linear probe on held-out training images; the reported images select nothing.
+        best: the block with the best linear probe on held-out training images; the reported images are not used for it.
         last: the deepest block that was probed.
         figure: the plot of scores against depth, once it is drawn.
     """
@@ -62,7 +62,7 @@ def layer_numbers(text: str, depth: int) -> list[int]:
     """Numbers of blocks, counted from 1, from "all" or "1,4,8".
 
     Raises:
-        ValueError: neither of them, or blocks that the encoder does not have.
+        ValueError: another text, or blocks that the encoder does not have.
     """
     if text == "all":
         return list(range(1, depth + 1))
@@ -76,10 +76,10 @@ def layer_numbers(text: str, depth: int) -> list[int]:
 
 
 def probe_layers(encoder: Encoder, settings: ProbeSettings, numbers: list[int]) -> LayerTable:
-    """Score blocks of one encoder by their numbers, counted from 1, from one pass over each data set.
+    """Score blocks of one encoder, numbered from 1, from one pass over each data set.
 
     Raises:
-        ValueError: the protocol does not hold out training images to select by.
+        ValueError: the protocol is not logistic regression, which holds out training images, or there are more seeds.
     """
     if not isinstance(settings.protocol, LogregSettings):
         raise ValueError("--layers: the best layer is chosen by logistic regression. Leave out --protocol.")

@@ -1,4 +1,4 @@
-"""Negative log-likelihood of pixels, in nats: a model beside unigram and n-gram baselines."""
+"""Negative log-likelihood of pixels, in nats, under a model and under unigram and n-gram baselines."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sslvit.evaluate.sources import LabeledSet
 from sslvit.models.igpt import IGPTModel, pixel_nll
 from sslvit.progress import track
 
-HELD_OUT_EVERY = 10  # one of so many training images tunes the n-gram's smoothing
+HELD_OUT_EVERY = 10  # one in this many training images is held out to tune the n-gram's smoothing
 MAX_TUNING_IMAGES = 1_000
-MIN_IMAGES = 10  # for the counts
+MIN_IMAGES = 10  # needed for the counts
 DISCOUNTS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 LEFT_WEIGHTS = (0.3, 0.4, 0.5, 0.6, 0.7)
 
@@ -43,7 +43,7 @@ class Counts:
         return PixelCounts(counts, *self._count(first, first + self.colors))
 
     def _count(self, first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Number of pairs, and of different ones, whose keys are `first` or more and less than `end`."""
+        """Number of pairs, and of distinct pairs, with keys from `first` up to, but not including, `end`."""
         start, stop = np.searchsorted(self.keys, first), np.searchsorted(self.keys, end)
         return self.before[stop] - self.before[start], stop - start
 
@@ -112,7 +112,7 @@ class NGramTable:
 
 
 def ngram_nats(train: np.ndarray, val: np.ndarray, colors: int) -> float:
-    """Nats per pixel of `val` by an n-gram of `train`, its smoothing tuned on held-out training images."""
+    """Nats per pixel of `val` under an n-gram of `train`, with smoothing tuned on held-out training images."""
     return NGramTable(train, colors).nats(val, [tune_smoothing(train, colors)])[0]
 
 
@@ -125,7 +125,7 @@ def tune_smoothing(images: np.ndarray, colors: int) -> tuple[float, float, float
 
 
 def unigram_nats(train: np.ndarray, val: np.ndarray, colors: int) -> float:
-    """Nats per pixel of `val` by the frequency of each color in `train`, one added to each count."""
+    """Nats per pixel of `val` under the color frequencies of `train`, with one added to each count."""
     probs = (np.bincount(train.ravel(), minlength=colors) + 1) / (train.size + colors)
     return float(-np.log(probs[val.ravel()]).mean())
 

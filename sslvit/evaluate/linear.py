@@ -1,4 +1,4 @@
-"""Linear probe: multinomial logistic regression, its L2 penalty chosen without the reported set."""
+"""Linear probe: multinomial logistic regression, with an L2 penalty chosen without the reported set."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from sslvit.evaluate.sources import Features, full_float32
 logger = logging.getLogger(__name__)
 
 L2_GRID = [10.0**exponent for exponent in range(1, -7, -1)]
-MAX_CROSS_VALIDATED = 1_000  # up to this many training images l2 is chosen on 5 folds instead of one held-out fifth
+MAX_CROSS_VALIDATED = 1_000  # up to this many training images, l2 is chosen on 5 folds instead of one held-out fifth
 FOLDS = 5
-TRIAL_ITERATIONS = 1000  # an l2 whose problems are not solved in so many is not compared
-MIN_LABELS = 2  # per class: l2 is chosen on held-out ones
+TRIAL_ITERATIONS = 1000  # an l2 whose problems are not solved within this many is not compared
+MIN_LABELS = 2  # per class, since l2 is chosen on held-out labels
 NOT_CONVERGED = "logistic regression: not converged; the score may be a little low"
 
 
 @dataclass
 class LinearMap:
-    """A standardization and a linear map, in float64 on the device that they were fitted on."""
+    """A standardization and a linear map, in float64 on the device where they were fitted."""
 
     mean: Float[Tensor, "d"]
     scale: Float[Tensor, "d"]
@@ -42,7 +42,7 @@ class LinearMap:
 
 @dataclass
 class LinearHead(LinearMap):
-    """A linear map of images.
+    """A linear classifier on features.
 
     `held_out` is its top-1 accuracy in percent on held-out training images under the penalty `l2`, and `weakest_l2` the
     weakest penalty that was compared.
@@ -68,16 +68,16 @@ def percent(is_right: Bool[Tensor, "n"]) -> float:
 
 @full_float32()
 def fit_probe(features: Features, classes: int, seed: int = 0, device: str | torch.device = "cpu") -> LinearHead:
-    """A head fitted on all of `features`, with the L2 penalty that was best on held-out ones among them.
+    """Fit a head on all of `features`, with the L2 penalty that was best on held-out images among them.
 
-    They are stratified by class and drawn by seed: five folds for up to 1,000 images, otherwise one fifth. Ties go to
-    the lower loss. Penalties so weak that their problems are not solved in TRIAL_ITERATIONS are not compared: their
-    scores would be those of an unfinished fit. No other data is used.
+    Held-out images are stratified by class and drawn by seed: five folds for up to 1,000 images, otherwise one
+    fifth. Ties go to the lower loss. Penalties so weak that their problems are not solved in TRIAL_ITERATIONS are not
+    compared, since their scores would be those of an unfinished fit. No other data is used.
     """
     values, labels = features.values.to(device, torch.float64, copy=True), features.labels.to(device)
     mean, scale = values.mean(0), values.std(0, correction=0)
     scale = torch.where(scale > 1e-12, scale, torch.ones_like(scale))  # a constant feature stays zero
-    values.sub_(mean).div_(scale)  # in place: those of ImageNet take 8 GB
+    values.sub_(mean).div_(scale)  # in place, since the features of ImageNet take 8 GB
     fold = stratified_folds(features.labels, seed).to(device)
     is_held_out = torch.stack(
         [fold == f for f in range(FOLDS if len(features) <= MAX_CROSS_VALIDATED else 1)]
@@ -106,12 +106,12 @@ def fit_probe(features: Features, classes: int, seed: int = 0, device: str | tor
 
 
 def solved_in_all_folds(is_solved: Bool[Tensor, "folds penalties"]) -> list[int]:
-    """Indices of the penalties that were solved in every fold; all, where none was."""
+    """Indices of the penalties whose problems were solved in every fold; all indices if there are none."""
     return torch.nonzero(is_solved.all(0))[:, 0].tolist() or list(range(is_solved.shape[1]))
 
 
 def stratified_folds(labels: Int[Tensor, "n"], seed: int) -> Int[Tensor, "n"]:
-    """A fold number for each image, every class spread evenly over the folds."""
+    """A fold number for each image, with every class spread evenly over the folds."""
     fold = torch.empty_like(labels)
     for _, members in shuffled_classes(labels, seed, "folds"):
         fold[members] = torch.arange(len(members)) % FOLDS
@@ -119,7 +119,7 @@ def stratified_folds(labels: Int[Tensor, "n"], seed: int) -> Int[Tensor, "n"]:
 
 
 def shuffled_classes(labels: Int[Tensor, "n"], seed: int, purpose: str) -> Iterator[tuple[int, Int[Tensor, "m"]]]:
-    """Each class with the indices of its images, in an order of their own for every purpose."""
+    """Each class with the indices of its images, shuffled by seed, class and purpose."""
     for label in labels.unique().tolist():
         members = torch.nonzero(labels == label)[:, 0]
         yield label, members[torch.from_numpy(rng.generator(seed, label, purpose).permutation(len(members)))]

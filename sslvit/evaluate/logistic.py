@@ -1,8 +1,8 @@
 """Multinomial logistic regression to convergence: many problems on the same features, side by side.
 
-They share the features, so one matrix product serves them all. Most of the way is gone in float32; the last steps, and
-the test for convergence, are in float64. A weak penalty curves the loss only a little, so the tolerance depends on it:
-a gradient of g leaves weights within g / l2 of the best ones.
+The problems share the features, so one matrix product serves them all. Most iterations run in float32; the last ones
+and the test for convergence run in float64. A weak penalty curves the loss only a little, so the tolerance depends on
+it: a gradient of g leaves the weights within g / l2 of the optimum.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_GRADIENT = 1e-5  # largest entry of a solved problem's gradient, however str
 MAX_ITERATIONS = 5000  # in each precision
 HISTORY = 10  # steps that L-BFGS remembers
 ROWS_FOR_AXES = 10_000
-ROUGH = 1e-5  # largest entry of a gradient from which on float32 is too coarse
+ROUGH = 1e-5  # largest entry of a gradient below which float32 is too coarse
 MIN_STEP = 1e-10  # smallest fraction of a step that a line search tries
 REFRESH = 25  # iterations between two computations of the curvature
 MAX_LOGITS = 2**27  # logits at a time: half a gigabyte in float32
@@ -42,7 +42,7 @@ def fit_logistic(
         labels: class numbers, or class probabilities of each row.
         classes: number of classes.
         l2: weight of the penalty, one per problem, float64; the bias is not penalized.
-        used: which rows each problem is fitted on, or the weight of each; None weighs all alike.
+        used: the rows that each problem is fitted on, or the weight of each row; None for equal weights.
         max_iterations: largest number of iterations in each precision.
         solved: largest entry of the gradient over l2 at which a problem counts as solved.
 
@@ -65,12 +65,12 @@ def fit_logistic(
     rough_target = target.float() if target.is_floating_point() else target
     rough = PenalizedLoss(extended.float(), rough_target, row_weight.float(), penalty.float(), classes)
     theta, steps, _ = minimize(rough, theta.float(), max_iterations, tolerance.clamp(min=ROUGH).float(), [])
-    del rough  # and its copy of the features
+    del rough  # also frees its copy of the features
     theta = theta.double()
     exact = PenalizedLoss(extended, target, row_weight, penalty, classes)
     is_open = exact(theta)[1].abs().amax(1) > tolerance
     is_solved = ~is_open
-    if is_open.any():  # strong penalties are done
+    if is_open.any():  # problems with strong penalties are solved already
         rest = PenalizedLoss(extended, target, row_weight[is_open], penalty[is_open], classes)
         steps = [(s[is_open].double(), change[is_open].double(), w[is_open].double()) for s, change, w in steps]
         theta[is_open], _, is_solved[is_open] = minimize(
@@ -81,7 +81,7 @@ def fit_logistic(
 
 
 class PenalizedLoss:
-    """Weighted cross-entropy + penalty / 2 * theta^2, of p problems side by side; class numbers or probabilities."""
+    """Weighted cross-entropy + penalty / 2 * theta^2 of p problems; targets are class numbers or probabilities."""
 
     def __init__(
         self, values: Float[Tensor, "n k"], target: Int[Tensor, "n"] | Float[Tensor, "classes n"],
@@ -105,7 +105,7 @@ class PenalizedLoss:
         gradient = self.penalty * theta
         for x, right, weight in self.pieces:  # n k, n or classes n, p n
             logits = self.logits(theta, x)
-            at_right = right.expand(len(logits), 1, -1) if right.ndim == 1 else None  # which needs no matrix
+            at_right = right.expand(len(logits), 1, -1) if right.ndim == 1 else None  # needs no one-hot matrix
             of_right = (logits * right).sum(1) if at_right is None else logits.gather(1, at_right)[:, 0]
             total = logits.exp_().sum(1)  # p n
             loss = loss + ((total.log() - of_right) * weight).sum(1)
@@ -129,7 +129,7 @@ class PenalizedLoss:
         return diagonal.flatten(1)
 
     def logits(self, theta: Tensor, x: Tensor) -> Tensor:
-        """'p classes n', the largest of each row 0."""
+        """Logits 'p classes n', shifted so that the largest one of each row is 0."""
         problems, classes, _ = self.shape
         logits = (theta.flatten(0, 1) @ x.T).view(problems, classes, -1)
         return logits - logits.amax(1, keepdim=True)
@@ -144,14 +144,14 @@ def minimize(
 ) -> tuple[Float[Tensor, "p m"], list[Step], Bool[Tensor, "p"]]:  # fmt: skip
     """L-BFGS (Liu and Nocedal 1989) on p independent smooth convex problems side by side.
 
-    A problem has converged when no entry of its gradient is above its tolerance; the others go on without it. `steps`
-    are the last ones of an earlier search of these problems.
+    A problem has converged when no entry of its gradient exceeds its tolerance; the others continue without it. `steps`
+    are the last steps of an earlier search on these problems.
 
     Returns:
         Final parameters of each problem, its last steps, and whether it reached the tolerance.
     """
     found, is_solved = start.clone(), torch.zeros(len(start), dtype=torch.bool, device=start.device)
-    rows, theta = torch.arange(len(start), device=start.device), start  # those that have not converged
+    rows, theta = torch.arange(len(start), device=start.device), start  # of the open problems
     value, gradient = objective(theta)
     inverse, tiny, rounding = theta, torch.finfo(theta.dtype).tiny, 10 * torch.finfo(theta.dtype).eps
     for iteration in track(range(max_iterations), "logistic regression", max_iterations, "iterations at most"):
@@ -173,7 +173,7 @@ def minimize(
         while True:
             new_theta = theta + length[:, None] * direction
             new_value, new_gradient = objective(new_theta)
-            # a loss near 0 is still a difference of logits, and as coarse as they are
+            # a loss near 0 is a difference of logits, so its rounding error is that of the logits
             is_short = new_value > value + 1e-4 * length * slope + rounding * (1 + value)
             is_short &= length > MIN_STEP
             if not is_short.any():
@@ -181,7 +181,7 @@ def minimize(
             length = torch.where(is_short, length / 2, length)
         step, change = new_theta - theta, new_gradient - gradient
         if not (length > MIN_STEP).any():
-            break  # the precision is spent
+            break  # this precision resolves no further step
         product = (step * change).sum(1)
         weight = torch.where(product > tiny, 1 / product, torch.zeros_like(product))
         steps = [*steps[1 - HISTORY :], (step, change, weight)]
@@ -192,23 +192,23 @@ def minimize(
 
 
 def principal_axes(values: Float[Tensor, "n d"]) -> Float[Tensor, "d m"]:
-    """Axes of the features' covariance; as many as there can be (m = min(n, d)).
+    """Axes of the features' covariance, m = min(n, d) of them.
 
     Weights of a penalized linear model lie in the span of its features, so nothing is lost where n is below d.
     """
     if len(values) < values.shape[1]:
         return torch.linalg.svd(values, full_matrices=False).Vh.T
-    some = values[:: max(1, len(values) // ROWS_FOR_AXES)]  # they only have to be about right
+    some = values[:: max(1, len(values) // ROWS_FOR_AXES)]  # approximate axes are enough
     return torch.linalg.eigh(some.T @ some / len(some)).eigenvectors
 
 
 def _spread(values: Float[Tensor, "open *k"], rows: Int[Tensor, "open"], every: Float[Tensor, "p m"]) -> Tensor:
-    """Rows of some problems among those of every one, whose others are 0."""
+    """The rows of the open problems within a tensor for all problems, which is 0 elsewhere."""
     return values.new_zeros(len(every), *values.shape[1:]).index_copy_(0, rows, values)
 
 
 def _quasi_newton(gradient: Tensor, inverse: Tensor, steps: list[Step]) -> Tensor:
-    """The inverse curvature, as guessed and as seen in the last steps, applied to the gradient (two-loop recursion)."""
+    """Two-loop recursion: apply the inverse curvature, estimated from `inverse` and the last steps, to the gradient."""
     direction = gradient
     alphas = []
     for step, change, weight in reversed(steps):

@@ -121,7 +121,7 @@ def view_box(image: Image.Image, settings: EncoderSettings) -> tuple[float, floa
 
 @dataclass
 class MaskSummary:
-    """What the masks of a folder hold in the encoder's views.
+    """Classes and labeled pixels of a folder's masks in the encoder's views.
 
     Args:
         classes: class numbers that occur, sorted.

@@ -1,4 +1,4 @@
-"""Images and their nearest neighbors among features: what an encoder finds alike, without labels."""
+"""Images and their nearest neighbors in feature space: what an encoder finds similar, without labels."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ IMAGES_AT_ONCE = 16
 
 @dataclass
 class Neighbors:
-    """Some images of a data set, each with those whose features are nearest, nearest first.
+    """Some images of a data set, each with its nearest neighbors in feature space, nearest first.
 
     Args:
         queries: Sample numbers of the images.
         samples: Sample numbers of their neighbors, 'queries neighbors'.
         similarity: Cosine similarity of the features of each neighbor.
-        searched: Number of images among which neighbors were searched.
+        searched: Number of images that were searched for neighbors.
     """
 
     queries: np.ndarray
@@ -50,9 +50,9 @@ def find_neighbors(
     Args:
         encoder: An encoder in evaluation mode.
         reader: Reader of the data set.
-        queries: Number of images whose neighbors are searched.
-        neighbors: Number of neighbors of each.
-        among: Number of images, evenly spaced, that are searched.
+        queries: Number of images whose neighbors are found.
+        neighbors: Number of neighbors of each image.
+        among: Number of evenly spaced images that are searched.
 
     Raises:
         ValueError: there are fewer than two images that can be read.
@@ -64,7 +64,7 @@ def find_neighbors(
     bank = F.normalize(features, dim=1)
     similarity, found = nearest(bank[rows], bank, torch.arange(len(bank)), neighbors + 1)
     is_other = found != rows[:, None]
-    is_other[is_other.all(1), -1] = False  # one of several equal images, which does not find itself first
+    is_other[is_other.all(1), -1] = False  # an image with equal copies may not find itself: drop the last one
     shape = len(rows), found.shape[1] - 1
     return Neighbors(
         samples[rows.numpy()], samples[found[is_other].reshape(shape).numpy()],
@@ -97,7 +97,7 @@ def plot_neighbors(encoder: Encoder, reader: ShardReader, found: Neighbors, path
 
 
 def center_pixels(encoder: Encoder, reader: ShardReader, samples: np.ndarray) -> np.ndarray:
-    """What an encoder sees of some images, 'n c h w' in [0, 1]."""
+    """The encoder's center views of some images, 'n c h w' in [0, 1]."""
     batch = make_batch(reader, encoder_views(encoder.settings), samples, np.zeros_like(samples))
     pixels: np.ndarray = batch.views[0].float().div(255).clamp(0, 1).numpy()
     return pixels

@@ -1,4 +1,4 @@
-"""One table: encoders beside raw pixels and beside themselves untrained, under the same probes."""
+"""One table of encoders, their untrained networks and raw pixels, all scored by the same probes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ProbeTable(Result):
     Args:
         scores: row -> column -> independent scores: each seed's mean, or the draws of labels of a single seed.
         about: what a reader needs to quote them.
-        differences: Differences of several encoders, each to the first one.
+        differences: Differences of the other encoders from the first one.
     """
 
     scores: Scores
@@ -55,13 +55,13 @@ class ProbeTable(Result):
         return means(self.scores)
 
     def heading(self) -> str:
-        """What stands above the table: data, views and protocol."""
+        """The text above the table: data, views and protocol."""
         about = self.about
         skipped = {split: f" ({about[f'{split}_unreadable']:,} cannot be read)" if about[f"{split}_unreadable"] else ""
                    for split in ("train", "val")}  # fmt: skip
         last = list(about["probed"].values())[-1]
         linear = last.get("linear", {})
-        has_protocol_views = "fraction" in linear  # a paper's protocol says its own below
+        has_protocol_views = "fraction" in linear  # a paper's protocol states its own below
         lines = [
             f"Top-1 accuracy (%) on {about['val_images']:,} images{skipped['val']} of {about['val']}",
             f"(heads fitted on {about['train_images']:,}{skipped['train']} of {about['train']})",
@@ -79,7 +79,7 @@ class ProbeTable(Result):
         return "\n".join(lines)
 
     def text(self) -> str:
-        """The table for a terminal, with all that a reader needs to quote it above, and notes below."""
+        """The table for a terminal, with everything a reader needs to quote it above and notes below."""
         return f"{self.heading()}\n\n{format_table(self.scores)}\n\n{self.notes()}"
 
     def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
@@ -121,10 +121,10 @@ class ProbeTable(Result):
 def probe(encoders: Mapping[str, Encoder], settings: ProbeSettings) -> ProbeTable:
     """Score encoders on labeled shards.
 
-    Several processes share the passes through the encoders; the first one fits the heads and has the table.
+    Several processes share the passes through the encoders; the first one fits the heads and gets the table.
 
     Args:
-        encoders: encoders by the name of their row; those of one architecture share an untrained one as baseline.
+        encoders: encoders by row name; encoders of one architecture share one untrained baseline.
         settings: data and probes.
 
     Raises:
@@ -139,7 +139,7 @@ def probe(encoders: Mapping[str, Encoder], settings: ProbeSettings) -> ProbeTabl
     check_channels(encoders)
     limit = settings.max_unreadable_fraction
     train, val = (LabeledSet(index, first.channels, None, limit) for index in (train_index, val_index))
-    rows: dict[str, list[tuple[Source, int]]] = {}  # each source with a seed that it is scored under
+    rows: dict[str, list[tuple[Source, int]]] = {}  # each source with the seed it is scored under
     seeds = range(settings.seed, settings.seed + settings.seeds)
     if settings.baselines:
         rows["raw pixels"] = [(source, seed) for source in [RawPixels(first, device)] for seed in seeds]
@@ -148,7 +148,7 @@ def probe(encoders: Mapping[str, Encoder], settings: ProbeSettings) -> ProbeTabl
             rows[row] = [(frozen(untrained(encoder, seed), settings.precision), seed) for seed in seeds]
         rows[name] = [(source, seed) for source in [frozen(encoder, settings.precision)] for seed in seeds]
     for sources in rows.values():
-        check_readouts(sources[0][0], settings)  # what cannot be probed is refused before the first pass
+        check_readouts(sources[0][0], settings)  # refuses what cannot be probed before the first pass
     cache = FeatureCache(settings.cache, settings.cache_gb) if settings.cache else None
     extractor = FeatureExtractor(settings.batch, settings.workers, cache)
     table: Scores = {}
@@ -175,20 +175,20 @@ def probe(encoders: Mapping[str, Encoder], settings: ProbeSettings) -> ProbeTabl
 
 
 def check_channels(encoders: Mapping[str, Encoder]) -> None:
-    """Refuse encoders that cannot see the same images."""
+    """Refuse encoders that take different numbers of channels."""
     if len({encoder.settings.channels for encoder in encoders.values()}) > 1:
         raise ValueError(f"{', '.join(encoders)}: these encoders take images of different channels. Score each alone.")
 
 
 def untrained_row(name: str, encoders: Mapping[str, Encoder]) -> str | None:
-    """The row of an encoder's untrained network; None where an earlier one of the same architecture has it.
+    """The row name of an encoder's untrained network; None if an earlier encoder of the same architecture has the row.
 
-    A module from Python that cannot be reset has none.
+    A module from Python that cannot be reset has no such row.
     """
     encoder = encoders[name]
     alike = [other for other in encoders if encoders[other].settings == encoder.settings]
     if encoder.settings.backbone == OWN:
-        alike = [name]  # the same name stands for any module
+        alike = [name]  # equal settings do not mean equal modules
     if isinstance(encoder, Backbone) and not encoder.has_twin:
         logger.info(f"{name}: no untrained row, since some of its modules have no reset_parameters()")
         return None
@@ -198,7 +198,7 @@ def untrained_row(name: str, encoders: Mapping[str, Encoder]) -> str | None:
 
 
 def in_words(key: str, value: Any) -> str:
-    """A setting or a result of a probe, with as many digits as somebody reads."""
+    """A setting or a result of a probe, with no more digits than a reader needs."""
     if "accuracy" in key or "score" in key:
         return f"{key} {value:.1f} %"
     return f"{key.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
@@ -233,7 +233,7 @@ def score(
 ) -> tuple[dict[str, list[float]], dict[str, Any], Right]:
     """The columns of the table for one source under one seed, how it was probed, and which images were recognized.
 
-    All are empty on ranks other than the first.
+    Scores and recognized images are empty on ranks other than the first.
     """
     scores: dict[str, list[float]] = {}
     right: Right = {}

@@ -1,4 +1,4 @@
-"""Linear probes by name: which features, which head, which settings; and what to say beside the number."""
+"""Linear probes by name: their features, heads and settings, and the information reported with each score."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ from sslvit.settings.views import CropSettings
 logger = logging.getLogger(__name__)
 
 HELD_OUT_ACCURACY = "top-1 accuracy on held-out training images"
-LONG_SECONDS = 120  # from which on it is said before, how long a protocol will take
-WIDE = 768  # from this width on, DINO's probe uses one block and the mean over its patches (ViT-B)
+LONG_SECONDS = 120  # a protocol that takes longer is announced with an estimate
+WIDE = 768  # from this width on (ViT-B), DINO's probe uses the last block's class token and patch mean
 
 
 @dataclass
@@ -55,10 +55,10 @@ class LinearResult:
 
     Args:
         score: top-1 accuracy in percent on the reported images.
-        about: all settings in force, the effective learning rate, and what was chosen; top-1 accuracy in percent on
+        about: all settings in force, the effective learning rate, and what was selected; top-1 accuracy in percent on
             held-out training images, where some were held out.
-        paper_rule: the score if the choice were made on the reported images, as the paper did; None where it did not.
-        is_right: whether each reported image is recognized, 'n'; None where a grid of heads was scored.
+        paper_rule: the score if the choice were made on the reported images, as the paper did; None if it did not.
+        is_right: whether each reported image is recognized, 'n'; None for heads trained by SGD or LARS.
     """
 
     score: float
@@ -69,7 +69,7 @@ class LinearResult:
 
 @dataclass
 class ProbeContext:
-    """A source and the two data sets that it is probed on."""
+    """A source and the two data sets it is probed on."""
 
     source: Source
     train: LabeledSet
@@ -299,7 +299,7 @@ class _SGDRun:
             yield context.extractor.run(context.source, context.train, readouts, view, epoch, seed)
 
     def width(self, features: Features) -> int:
-        """Columns of each readout: all are as wide as the encoder, except raw pixels, which have one readout."""
+        """Number of columns of each readout; all readouts of a source have the same width."""
         return features.values.shape[1] // len(self.readouts)
 
     def about(self) -> dict[str, Any]:
@@ -311,7 +311,7 @@ class _SGDRun:
 def track_steps(
     batches: Iterator[tuple[int, Features]], protocol: str, steps: int, per_epoch: int, passes: int
 ) -> Iterator[tuple[int, Features]]:
-    """The batches of a head's steps, and how far it is: which step of which pass over the images."""
+    """Yield the batches of a head's steps, and show progress: the step, and the pass over the images."""
     with track_counter(f"{protocol}: training the head", steps, "steps") as counter:
         counter.note = f"pass 1 of {passes:,}"
         for step, batch in batches:

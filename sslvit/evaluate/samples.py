@@ -22,18 +22,18 @@ from sslvit.settings.sample import SampleSettings
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = 8  # images in a row of generated ones
+COLUMNS = 8  # generated images per row
 
 
 @dataclass(repr=False)
 class SampledImages(Result):
-    """Images that a model of pixels has made.
+    """Images sampled from a model of pixels.
 
     Args:
-        images: Sampled images 'n c h w' in [0, 1]; completions of one image after those of the other.
-        rows: What the picture shows, row by row: samples, or inputs, their completions and the originals.
+        images: Sampled images 'n c h w' in [0, 1]; all completions of one image come before those of the next.
+        rows: Rows of the picture: samples, or inputs, their completions and the originals.
         titles: Titles of the rows.
-        path: The picture, once it is drawn.
+        path: The picture's file, once it is drawn.
     """
 
     images: np.ndarray
@@ -42,11 +42,11 @@ class SampledImages(Result):
     path: Path | None = None
 
     def text(self) -> str:
-        """The picture; where none is drawn, what the images are."""
+        """The path of the picture, or the shape of the images if none is drawn."""
         return str(self.path) if self.path else " x ".join(map(str, self.images.shape)) + " (images, channels, sides)"
 
     def to_dict(self) -> dict[str, Any]:
-        """The picture, and the size of the images."""
+        """The path of the picture, and the shape of the images."""
         return {"path": self.path and str(self.path), "shape": list(self.images.shape)}
 
     def save(self, path: str | Path) -> None:

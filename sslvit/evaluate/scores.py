@@ -15,13 +15,13 @@ from sslvit.files import printable
 from sslvit.results import MAX_CHARACTERS, Result, text_table
 
 Scores = dict[str, dict[str, list[float]]]  # row -> column -> one score for each draw or seed
-STARTS_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # of a spreadsheet's cell, in front of anything but a number
-MARKDOWN_SIGNS = re.compile(r"[\\`*\[\]$~#|!]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is none
+STARTS_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # a cell that starts so is a formula, unless it is a number
+MARKDOWN_SIGNS = re.compile(r"[\\`*\[\]$~#|!]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is plain text
 MARKDOWN_STARTS = re.compile(r"^(\s*)([-+=]|\d+(?=[.)](?:\s|$)))")  # a list, or a line's underline
 
 
 def markdown_text(text: object) -> str:
-    """Untrusted text as one line of Markdown, in which nothing is a tag, a link, mathematics or a cell's edge."""
+    """Untrusted text as one line of Markdown, escaped so that nothing is a tag, a link, math or a cell border."""
     line = html.escape(printable(text, MAX_CHARACTERS), quote=False)
     line = MARKDOWN_SIGNS.sub(lambda sign: f"\\{sign[0]}", line)
     return MARKDOWN_STARTS.sub(lambda start: f"{start[1]}&#{ord(start[2][0])};{start[2][1:]}", line)
@@ -41,7 +41,7 @@ def spreadsheet_cell(value: object) -> object:
 def csv_text(titles: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """The content of a CSV file; a cell of None is empty."""
     lines = io.StringIO()
-    # quoted: where a semicolon separates cells, one in a name must not begin another
+    # text is quoted, since some programs split cells at semicolons, and a name may contain one
     writer = csv.writer(lines, quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(titles)
     writer.writerows([spreadsheet_cell(value) for value in row] for row in rows)
@@ -71,7 +71,7 @@ def interval(values: list[float]) -> float | None:
     """Half the width of the 95 % interval of the mean (Student's t); None if all values are the same."""
     if len(set(values)) < 2:
         return None
-    from scipy.stats import t  # a second; most tables need none
+    from scipy.stats import t  # takes a second to import, and most tables do not need it
 
     average = mean(values)
     deviation = math.sqrt(sum((value - average) ** 2 for value in values) / (len(values) - 1))
@@ -84,12 +84,12 @@ def intervals(rows: Scores) -> dict[str, dict[str, float | None]]:
 
 
 def sampling_interval(images: int) -> float:
-    """Largest half width of the 95 % interval of a percentage that was measured on so many images."""
+    """Largest possible half width of the 95 % interval of a percentage measured on this many images."""
     return 100 * 1.96 * math.sqrt(0.25 / images)
 
 
 def format_score(values: list[float] | None, decimals: int = 1) -> str:
-    """A score as text: "63.2", or "63.2 ± 1.4" of several values; a dash for none."""
+    """A score as text: "63.2", or "63.2 ± 1.4" for several values, or a dash if there are none."""
     if not values:
         return "–"
     half = interval(values)
@@ -103,7 +103,7 @@ def columns_of(rows: Scores) -> list[str]:
 
 
 def read_scores(rows: Any) -> Scores:
-    """Row -> column -> scores, of what a file has under rows or draws; empty if it is something else."""
+    """Row -> column -> scores, from a file's `rows` or `draws`; empty if they have another form."""
     if not isinstance(rows, dict) or not all(isinstance(of, dict) for of in rows.values()):
         return {}
     found = {
@@ -133,9 +133,9 @@ class MeasureTable(Result):
 
     Args:
         rows: Row -> column -> number.
-        heading: What a reader needs to quote them.
-        decimals: Number of decimals that are shown.
-        about: The same as plain values, by name.
+        heading: Text above the table, with everything a reader needs to quote the numbers.
+        decimals: Number of decimals to show.
+        about: The content of the heading as plain values, by name.
     """
 
     rows: dict[str, dict[str, float]]
@@ -153,11 +153,11 @@ class MeasureTable(Result):
         return f"{self.heading}\n\n{format_table(self.scores, self.decimals)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """What they are of, and the rows."""
+        """The rows, and everything a reader needs to quote them."""
         return {"rows": self.rows, "about": self.about}
 
     def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
-        """The table's."""
+        """The titles and rows of the table."""
         return score_cells(self.scores, self.decimals)
 
 

@@ -46,16 +46,16 @@ def fit_batch_norm_head(
 class HeadGrid:
     """Linear heads for every pair of a feature and a learning rate, trained together by SGD with momentum.
 
-    All heads of one feature are one matrix, so each step costs one product per feature and not one per head. Untrained
-    weights are from a normal distribution of deviation 0.01, biases zero (DINO, DINOv2).
+    All heads of one feature are one matrix, so each step costs one product per feature and not one per head. Weights
+    are initialized from a normal distribution with standard deviation 0.01, biases with zero (DINO, DINOv2).
 
     Args:
-        features: the readouts of each feature, whose columns are neighbors in `order`.
+        features: the readouts of each feature; their columns must be adjacent in `order`.
         width: width of each readout.
         lrs: learning rates.
         classes: number of classes.
-        seed: seed of the untrained weights.
-        device: where the heads are.
+        seed: seed of the initial weights.
+        device: device of the heads.
 
     Attributes:
         order: all readouts, in the order of their columns in a batch.
@@ -110,7 +110,7 @@ class HeadGrid:
 
     @full_float32()
     def accuracies(self, features: Features) -> Float[Tensor, "features lrs"]:
-        """Top-1 accuracy of each head in percent; the features' columns are in the order of `order`."""
+        """Top-1 accuracy of each head in percent; the columns of `features` are in the order of `order`."""
         device = self.weight[0].device
         right = torch.zeros(len(self.features), len(self.lrs), device=device)
         rows = zip(features.values.split(ROWS_AT_ONCE), features.labels.split(ROWS_AT_ONCE), strict=True)
@@ -127,9 +127,9 @@ def iterate_batches(
     tables: Iterator[FeatureTable], readouts: Sequence[Readout], rows: Int[Tensor, "m"] | None, batch: int, steps: int,
     seed: int,
 ) -> Iterator[tuple[int, Features]]:  # fmt: skip
-    """Steps with their batches: each table is one epoch in a random order, without its last incomplete batch.
+    """Step numbers with their batches: each table is one epoch in a random order, without its last incomplete batch.
 
-    `rows` of the tables are used, None for all; a step takes `batch` of them, no more than there are.
+    Only `rows` of the tables are used, or all rows for None; `batch` must not exceed their number.
     """
     step = 0
     for epoch, table in enumerate(tables):

@@ -1,4 +1,4 @@
-"""What is probed, on what, and the features that come out."""
+"""Sources of features, labeled data sets, and the features computed from them."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ logger = logging.getLogger(__name__)
 MAX_UNREADABLE_FRACTION = 0.01  # of a data set's images; above it there is no score
 MAX_PIXEL_SIDE = 32  # raw pixels of larger images are shrunk to this side
 Readout = tuple[int, str]  # a block, counted from 1, and a pooling
-OUTPUT = "output"  # in the place of a pooling: the vector that a network gives itself
+OUTPUT = "output"  # in place of a pooling: the network's own output vector
 
 
 class NoScore(ValueError):
-    """Images cannot be read, or numbers are not finite, so a score would not be of what it says."""
+    """Images cannot be read or numbers are not finite, so a score would be misleading."""
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Float32 is computed in float32, also on a GPU, where convolutions and a run in bf16 would take TF32 for it."""
+    """Compute float32 in full precision, also on a GPU, where convolutions and a run in bf16 would use TF32."""
     products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -51,13 +51,13 @@ def full_float32() -> Iterator[None]:
 
 @contextmanager
 def forward_precision(precision: Precision, device: torch.device | str) -> Iterator[None]:
-    """The precision of forward passes: bf16 casts as training does, and leaves the weights in float32."""
+    """Run forward passes in a precision; bf16 uses autocast as training does, and leaves the weights in float32."""
     with full_float32(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
         yield
 
 
 def view_in_words(settings: EncoderSettings, precision: Precision) -> str:
-    """What is seen of each image, and how features are computed where that is not exact."""
+    """The view of each image in words, and the precision of the features unless it is float32."""
     return settings.crop_in_words + ("" if precision == "float32" else f"; features computed in {precision}")
 
 
@@ -77,7 +77,7 @@ class Features:
 
 @dataclass
 class FeatureTable:
-    """Features of a data set at several readouts, as one pass over it gives them."""
+    """Features of a data set at several readouts, computed in one pass over it."""
 
     columns: dict[Readout, Tensor]
     labels: Tensor
@@ -97,9 +97,9 @@ class Source(ABC):
     """A source of features: an encoder, or the raw pixels.
 
     Attributes:
-        settings: How images are seen.
-        device: Where features are computed, and what is measured on them.
-        precision: Precision in which they are computed.
+        settings: Settings of the view of each image.
+        device: Device on which features are computed and measured.
+        precision: Precision of the forward passes.
     """
 
     precision: Precision = "float32"
@@ -109,7 +109,7 @@ class Source(ABC):
 
     @property
     def depth(self) -> int:
-        """Number of layers, the last of which it reads unless another is asked for."""
+        """Number of layers."""
         return self.settings.depth
 
     @abstractmethod
@@ -117,12 +117,12 @@ class Source(ABC):
         """The readouts of the `blocks` blocks that end at a layer.
 
         Args:
-            layer: last block, counted from 1; None for the source's own choice.
+            layer: last block, counted from 1; None for the source's default.
             blocks: number of blocks.
-            pooling: pooling of their tokens; None for the source's own choice.
+            pooling: pooling of their tokens; None for the source's default.
 
         Raises:
-            ValueError: there are not so many blocks, or there is no such pooling.
+            ValueError: the source has fewer blocks, or no such pooling.
         """
 
     @abstractmethod
@@ -144,7 +144,7 @@ class FrozenEncoder(Source):
     def readouts(self, layer: int | None, blocks: int, pooling: str | None) -> list[Readout]:
         """See `Source.readouts`.
 
-        The pooling "class+mean" is each block's class token and the mean over the last one's patches (DINOv2).
+        The pooling "class+mean" is each block's class token and the mean over the last block's patches (DINOv2).
         """
         settings = self.settings
         layer = layer or settings.probed_layer
@@ -164,12 +164,12 @@ class FrozenEncoder(Source):
 
     def features_at(self, images: Tensor, readouts: Sequence[Readout]) -> list[Tensor]:
         """See `Source.features_at`."""
-        dtype = next(self.encoder.parameters()).dtype  # float64, where a run trains in it
+        dtype = next(self.encoder.parameters()).dtype  # float64 if the run trains in it
         found: dict[Readout, Tensor] = {}
         numbers = {number for number, _ in readouts}
         with forward_precision(self.precision, self.device):
             for block in self.encoder.intermediates(images.to(dtype), numbers, norm=True):
-                for number, pooling in readouts:  # pooled at once, so that no more than one block's tokens are kept
+                for number, pooling in readouts:  # pooled now, so that only one block's tokens are kept
                     if number == block.number:
                         found[number, pooling] = self.encoder.pool(block.tokens, pooling).to(images.dtype)
         return [found[readout] for readout in readouts]
@@ -180,7 +180,7 @@ class FrozenEncoder(Source):
 
 
 class FrozenBackbone(Source):
-    """Another network, such as a CNN: its own vector, or the mean over the feature map of one of its stages."""
+    """Another network, such as a CNN: its output vector, or the mean over the feature map of one of its stages."""
 
     def __init__(self, backbone: Backbone, precision: Precision = "float32") -> None:
         super().__init__(backbone.settings, next(backbone.parameters()).device)
@@ -188,11 +188,11 @@ class FrozenBackbone(Source):
 
     @property
     def depth(self) -> int:
-        """Number of its stages."""
+        """Number of stages."""
         return len(self.backbone.stages)
 
     def readouts(self, layer: int | None, blocks: int, pooling: str | None) -> list[Readout]:
-        """See `Source.readouts`; its own vector unless a layer is asked for."""
+        """See `Source.readouts`; the network's output vector if no layer is given."""
         name = self.settings.backbone
         if blocks != 1:
             raise ValueError(f"--blocks {blocks}: {name} has stages of different widths. Give one with --layer.")
@@ -227,10 +227,10 @@ def frozen(encoder: Encoder, precision: Precision = "float32") -> Source:
 
 
 class RawPixels(Source):
-    """The pixels themselves, at most 32 x 32, in the view of an encoder: what a probe gets without learning."""
+    """The pixels in an encoder's view, at most 32 x 32: a baseline without any learning."""
 
     def readouts(self, layer: int | None, blocks: int, pooling: str | None) -> list[Readout]:
-        """The one readout of pixels."""
+        """The only readout: the pixels."""
         return [(0, "pixels")]
 
     def features_at(self, images: Tensor, readouts: Sequence[Readout]) -> list[Tensor]:
@@ -247,14 +247,14 @@ class RawPixels(Source):
 
 @dataclass
 class LabeledSet:
-    """A data set to score on, opened when a pass first needs its images. All passes must see the same images of it.
+    """A data set to score on, opened when its images are first needed. All passes must see the same images.
 
     Args:
         index: index of its shards.
-        channels: channels that its images are read with.
+        channels: number of channels that its images are read with.
         subset: sample numbers of the images that are scored; None for all.
-        max_unreadable_fraction: fraction of them that may be unreadable, and is left out.
-        memory_limit_mb: sets of small equal images are decoded once if they fit.
+        max_unreadable_fraction: largest fraction of them that may be unreadable; unreadable images are left out.
+        memory_limit_mb: memory in MB; a set of small images of one size is decoded only once if it fits.
     """
 
     index: ShardIndex
@@ -275,7 +275,7 @@ class LabeledSet:
         return np.arange(len(self.index)) if self.subset is None else self.subset
 
     def workers(self, workers: int) -> int:
-        """Number of loader processes for a pass: as asked for, but none for images that are decoded already."""
+        """Number of loader processes for a pass: as requested, or 0 if the images are decoded already."""
         return workers if self.reader.decoded is None else 0
 
     @property
@@ -285,7 +285,7 @@ class LabeledSet:
 
     @property
     def images(self) -> int:
-        """Number of images that scores are of: those that a pass could read, or all before the first pass."""
+        """Number of scored images: those that a pass could read, or all images before the first pass."""
         return len(self.samples if self._used is None else self._used)
 
     @property
@@ -305,10 +305,10 @@ class LabeledSet:
 
         Args:
             used: sample numbers of these images, from all ranks.
-            bad: why others could not be read on this rank, by key.
+            bad: why other images could not be read on this rank, by key.
 
         Raises:
-            NoScore: too many could not be read, or others than in an earlier pass.
+            NoScore: too many images could not be read, or not the same ones as in an earlier pass.
         """
         used = np.sort(np.asarray(used))
         bad = {key: reason for one in all_gather_objects(bad) for key, reason in one.items()}
