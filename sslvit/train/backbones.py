@@ -1,4 +1,4 @@
-"""What a run with a network in the place of the vision transformer refuses before its first step."""
+"""Checks before the first step of a run that trains another network than the vision transformer."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def check_backbone(settings: RunSettings, sides: list[int]) -> None:
-    """Build the network once, and show it an image of each size.
+    """Build the network once, and run it on an image of each size.
 
     Args:
         settings: Settings of the run.
-        sides: Sides of views that are of other sizes than the encoder's own.
+        sides: Sides of views whose size differs from the encoder's own.
 
     Raises:
-        ImportError: Its library is not installed.
-        ValueError: It is unknown or takes no such images; weights that are sharded over ranks, or batch norms that
-            torch cannot synchronize over them.
+        ImportError: The network's library is not installed.
+        ValueError: The network is unknown or cannot take such images, its weights would be sharded over ranks, or
+            torch cannot synchronize its batch norms over ranks.
     """
     encoder, train = settings.encoder, settings.train
     if train.strategy == "fsdp" and train.ranks > 1:

@@ -1,4 +1,4 @@
-"""`sslvit branch`: a run's checkpoint as the beginning of another run folder, which is resumed on its own."""
+"""`sslvit branch`: copy a run's checkpoint into a new run folder, which is resumed independently."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sslvit.weight_files import read_torch_file
 def branch(run: str | os.PathLike[str], out: str | os.PathLike[str], step: int | None = None) -> RunFolder:
     """Copy a run as it was at a checkpoint into a new folder, to resume it there with another length or other settings.
 
-    The run itself is not touched and may still train. With optim.lr_schedule wsd one long run gives several lengths:
-    each branch cools down from a checkpoint of the constant part (train.keep_every keeps them).
+    The run itself is not changed and may still be training. With optim.lr_schedule wsd, one long run yields several
+    lengths: each branch cools down from a checkpoint of the constant part (train.keep_every keeps them).
 
     Args:
         run: Run folder.
@@ -59,10 +59,10 @@ def branch(run: str | os.PathLike[str], out: str | os.PathLike[str], step: int |
 
 
 def find_checkpoint(run: RunFolder, step: int | None) -> Path:
-    """A run's checkpoint of a step; of the last one for None.
+    """A run's checkpoint at a step, or its last one for None.
 
     Raises:
-        ValueError: There is none; the message says of which steps there are.
+        ValueError: There is none; the message lists the steps that have one.
     """
     steps = {_step_of(path) if path == run.checkpoint else named_step(path): path for path in reversed(run.checkpoints)}
     if not steps:
@@ -83,7 +83,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _copy(source: RunFolder, checkpoint: Path, new: RunFolder) -> None:
-    """Settings, checkpoint and what was recorded; a resume cuts records at the checkpoint's step."""
+    """Copy settings, checkpoint and records; a resume cuts the records at the checkpoint's step."""
     new.checkpoint.parent.mkdir(parents=True)
     for path in (source.config, source.metrics, source.ledger):
         if path.is_file():

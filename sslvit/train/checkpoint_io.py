@@ -1,4 +1,4 @@
-"""Checkpoints of a run: each whole or absent, written at step boundaries, a few of them kept."""
+"""Checkpoints of a run: each is complete or absent, written at a step boundary; a few are kept."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ LAST = "last.ckpt"
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes a checkpoint whole or not at all, and reads it without running anything in it.
+    """Writes a checkpoint completely or not at all, and reads it without running any code in it.
 
-    It is written beside its place, synced and renamed, so a killed writer or a full disk leaves the one before.
+    It is written to a temporary file, synced and renamed, so a killed writer or a full disk leaves the previous one.
 
     Args:
-        settings: which checkpoints are kept, and whether a thread writes them while training goes on; a copy in memory
-            is made first.
+        settings: which checkpoints are kept, and whether a thread writes them while training continues, from a copy in
+            memory.
     """
 
     def __init__(self, settings: TrainSettings) -> None:
         self.settings = settings
-        self.thread = ThreadPoolExecutor(1)  # which begins with the first checkpoint that it writes
+        self.thread = ThreadPoolExecutor(1)  # starts with the first checkpoint that it writes
         self.writer: Future[None] | None = None
         self.written: set[Path] = set()
-        self.aborted = threading.Event()  # the run has ended with an error: no part is waited for
+        self.aborted = threading.Event()  # the run has ended with an error: do not wait for shards
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint, in the background if the settings say so."""
@@ -80,7 +80,7 @@ class AtomicCheckpointIO(CheckpointIO):
             self.write(manifest, path)
 
     def write(self, checkpoint: dict[str, Any], path: Path) -> None:
-        """Write a checkpoint, and let go of those that are not to be kept."""
+        """Write a checkpoint, and delete those that are not kept."""
         if path in self.written and not path.exists():
             logger.warning(f"{path}: the checkpoint before was deleted meanwhile; a new one is written")
         write_checkpoint(checkpoint, path)
@@ -88,12 +88,12 @@ class AtomicCheckpointIO(CheckpointIO):
         if path.name == LAST:  # not the state in incident/
             shutil.rmtree(
                 RunFolder(path.parents[1]).encoder, ignore_errors=True
-            )  # of an earlier end: older from now on
+            )  # of an earlier end of the run, and now outdated
             prune_checkpoints(path, checkpoint["global_step"], self.settings.keep_last, self.settings.keep_every)
             delete_orphaned_shards(path.parent)
 
     def _kept(self, values: dict[str, Any]) -> dict[str, Any]:
-        """What a writer in the background may look at while training goes on: a copy that later steps do not change."""
+        """The values for the writer: in the background, a copy that later steps do not change."""
         if not self.settings.checkpoint_in_background:
             return values
         return tree_map_only(Tensor, lambda value: value.detach().to("cpu", copy=True), values)
@@ -105,7 +105,7 @@ class AtomicCheckpointIO(CheckpointIO):
             work()
 
     def finish(self) -> None:
-        """Wait for the thread; raises what went wrong in it."""
+        """Wait for the background writer, and raise its error if it failed."""
         if self.writer is not None:
             failure = self.writer.exception()
             self.writer = None
@@ -113,17 +113,17 @@ class AtomicCheckpointIO(CheckpointIO):
                 raise failure
 
     def teardown(self) -> None:
-        """Wait for a writer in the background; its error gives way to the run's own."""
+        """Wait for a background writer; its error is only logged if the run has one of its own."""
         ended_by = sys.exc_info()[1]
         try:
             self.finish()
         except Exception as error:
             if ended_by is None:
                 raise
-            logger.error(error)  # and the run's own error goes on
+            logger.error(error)  # the run's own error propagates
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
-        """Map a checkpoint into memory, with weights only; the ranks of a machine share what they read of it."""
+        """Memory-map a checkpoint, weights only; the ranks of a machine share the pages that they read."""
         return read_checkpoint(Path(path), mmap=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -132,13 +132,13 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def prune_checkpoints(last: Path, step: int, keep_last: int, keep_every: int | None) -> None:
-    """Give the newest checkpoint a name by its step where it is one to keep, and let go of those that are not.
+    """Name the newest checkpoint by its step if it is kept, and delete those that are not kept any longer.
 
     Args:
-        last: the newest; a kept one is the same file under two names.
+        last: The newest checkpoint; a kept one is the same file under two names.
         step: Its step.
-        keep_last: so many of the newest stay, this one included.
-        keep_every: those whose step it divides stay for good.
+        keep_last: Number of the newest checkpoints that are kept, this one included.
+        keep_every: Checkpoints whose step is a multiple of it are kept for good.
     """
     named_file = last.with_name(f"step-{step:08d}.ckpt")
     if keep_last > 1 or (keep_every and step % keep_every == 0):

@@ -1,4 +1,4 @@
-"""torch.compile for a step: the whole loss as one program, or block by block where ranks work while it runs."""
+"""torch.compile for a step: the whole loss as one program, or block by block where ranks communicate meanwhile."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from torch import nn
 from sslvit.models.transformer import Block
 from sslvit.tasks.base import Task
 
-MAX_PROGRAMS = 64  # of one function: one for each size of views, in training and in evaluation
+MAX_PROGRAMS = 64  # per function: one for each size of views, in training and in evaluation
 
 
 def compile_task(task: Task, mode: str) -> None:
-    """Compile what a step computes; names and weights stay as they are.
+    """Compile the computation of a step; names and weights do not change.
 
-    On one rank that is the loss of the model as one program, forward and backward. On several it is each block alone:
-    gradients are exchanged, or weights gathered, while the backward pass goes on, and one program would first end.
+    On one rank, the model's loss becomes one program, forward and backward. On several ranks, each block is compiled
+    alone: gradients are exchanged, or weights gathered, during the backward pass, and one program would have to end
+    first.
 
     Args:
         task: The task.
-        mode: As of torch.compile.
+        mode: Mode of torch.compile.
 
     Raises:
-        ValueError: CUDA graphs and several passes per step: the second would write over the gradients of the first.
+        ValueError: CUDA graphs and several passes per step: the second would overwrite the gradients of the first.
     """
     if mode == "reduce-overhead" and task.run.accumulation_steps > 1:
         raise ValueError(
@@ -42,7 +43,7 @@ def compile_task(task: Task, mode: str) -> None:
 
 
 def undo_compilation(task: Task) -> None:
-    """Compute as before `compile_task`: what was trained is used in other ways."""
+    """Undo `compile_task`, since the trained model is used in other ways."""
     task.loss_fn = task.model.loss  # type: ignore[assignment]  # a module's attribute
     for block in blocks(task):
         block.__dict__.pop("forward", None)
@@ -60,7 +61,7 @@ def _compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
         return compiled
 
     def replayed(*args: Any, **kwargs: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # what the last replay has left may be written over
+        torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last replay may be overwritten
         return compiled(*args, **kwargs)
 
     return replayed

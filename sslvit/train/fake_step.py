@@ -1,7 +1,7 @@
-"""A step with tensors that have shapes and no content: its matrix products, and the most memory that it holds at once.
+"""A step on fake tensors, which have shapes but no content, to count its matrix products and its peak memory.
 
-It runs on any machine, also for a GPU that is not there: the tensors are those of a CPU, and where a GPU's kernels keep
-something else for the backward pass, functions with the footprint of these kernels take their place.
+It runs on any machine, also for a GPU that is not there: the tensors are CPU tensors, and where a GPU's kernels keep
+other tensors for the backward pass, functions with the memory footprint of those kernels take their place.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from sslvit.settings import RunSettings
 from sslvit.tasks import make_task
 from sslvit.train.hardware import precision_of, trains_on_gpu
 
-FEW = 4  # images that the products are counted with
-# of fine-tuning: what they do to an image depends on what is drawn for it; they take no matrix product, and a copy of
-# the images at most
+FEW = 4  # images in the step whose products are counted
+# settings of fine-tuning whose effect on an image is drawn at random; they take no matrix product, and at most a copy
+# of the images
 DRAWN = ("erase", "mixup", "cutmix")
-# under autocast on a GPU, but not on a CPU
+# computed in float32 under autocast on a GPU, but not on a CPU
 IN_FLOAT32 = (F.layer_norm, F.cross_entropy, Tensor.softmax, Tensor.log_softmax)
 
 
 class FakeStep:
-    """Counts what a step of a run takes.
+    """Counts the FLOPs and the memory of a step.
 
     Args:
         settings: Settings of the run.
         run: Steps, batch sizes and ranks.
         images: Number of images in the data set.
-        classes: Number of its classes, where it has labels.
+        classes: Number of its classes, if it has labels.
     """
 
     def __init__(self, settings: RunSettings, run: RunPlan, images: int, classes: int | None = None) -> None:
@@ -53,7 +53,7 @@ class FakeStep:
         self.on_gpu, self.precision = trains_on_gpu(settings.train), precision_of(settings.train)
         fitted: Any = settings.task.fitted(images, run.global_batch_size, run.total_steps, classes)
         fitted = replace(fitted, **{key: 0.0 for key in DRAWN if hasattr(fitted, key)})
-        with torch.device("meta"):  # initialization would ask fake numbers for their values
+        with torch.device("meta"):  # initialization would need the values of fake tensors
             self.task = make_task(replace(settings, task=fitted), run)
         if self.precision == "float64":
             self.task.double()
@@ -65,9 +65,9 @@ class FakeStep:
 
     @cached_property
     def flops_per_image(self) -> int:
-        """FLOPs of all matrix products, forward and backward; attention as two, whatever kernel makes it.
+        """FLOPs of all matrix products, forward and backward; attention counts as two in any kernel.
 
-        The mean over the run, where its resolutions differ.
+        The mean over the run, if its resolution changes.
         """
         total = 0.0
         for side, share in self.settings.data.fractions_of_sides.items():
@@ -78,12 +78,12 @@ class FakeStep:
         return round(total) // FEW
 
     def peak(self, images: int, passes: int, has_gradients: bool = False) -> int:
-        """Most bytes besides weights that are held at once in the passes of a step, gradients and images included.
+        """Peak bytes in the passes of a step: gradients and images are included, weights are not.
 
         Args:
             images: Images per pass.
             passes: Forward passes in the step.
-            has_gradients: Whether gradients have their place before the step, and do not count.
+            has_gradients: Whether gradients are allocated before the step, and therefore not counted.
         """
         passes = min(passes, 2)  # the gradients of the first stay while the second runs
         key = images, passes, has_gradients
@@ -119,7 +119,7 @@ class FakeStep:
             ) from error
 
     def _autocast(self) -> Any:
-        # float16 is as large, and attention is never written out in it, which on a CPU it may be in bf16
+        # float16 has the same size, and never writes out attention scores, as bf16 may on a CPU
         dtype = torch.float16 if self.on_gpu else torch.bfloat16
         return torch.autocast("cpu", dtype, enabled=self.precision == "bf16")
 
@@ -130,23 +130,23 @@ class FakeStep:
 
 
 def _backward(loss: Tensor) -> None:
-    """As loss.backward(), which would leave FusedKernels, where blocks that are computed again must run too."""
+    """Like loss.backward(), but within FusedKernels, where recomputed blocks must run, too."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
 
 
 def example(settings: RunSettings, count: int = FEW, side: int | None = None) -> Batch:
-    """Some images as the task would get them; `side` is that of the main views, None the encoder's own."""
+    """A batch as the task would get it; `side` is the side of the main views, None for the encoder's own."""
     numbers = torch.zeros(count, dtype=torch.long)
     images = [torch.zeros(count, settings.encoder.channels, *size) for size in view_sizes(settings, side)]
     return Batch(images, numbers, numbers, torch.ones(count, dtype=torch.bool), numbers)
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is on, counts the bytes of the tensors that are alive, each storage once; `peak` is the most.
+    """Counts the bytes of live tensors while active, each storage once; `peak` is the largest number.
 
     Args:
-        known: Tensors that do not count.
+        known: Tensors that are not counted.
     """
 
     def __init__(self, known: list[Tensor]) -> None:
@@ -171,12 +171,12 @@ class LiveBytes(TorchDispatchMode):
         return value
 
     def on_free(self, key: int) -> None:
-        """Take a storage off again."""
+        """Subtract a freed storage."""
         self.now -= self.alive.pop(key)
 
 
 class FusedKernels(TorchFunctionMode):
-    """While it is on, attention and norms hold what a GPU's kernels hold; what they compute has no meaning."""
+    """While active, attention and norms keep the same tensors as a GPU's kernels; their results are meaningless."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -202,7 +202,7 @@ def _rms_norm(tokens: Tensor, shape: Any, weight: Tensor, eps: float | None = No
 
 
 class _Attention(torch.autograd.Function):
-    """The fused kernel keeps its inputs, its output and one number per row of the scores, which it makes anew."""
+    """The fused kernel keeps its inputs, its output and one number per row of the scores, which it recomputes."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:

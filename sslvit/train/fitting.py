@@ -1,7 +1,7 @@
-"""What is chosen for the machine where nothing is given: the length of a run, and how many images it sees at once.
+"""Choices for the machine if nothing is given: the length of a run, and the number of images per forward pass.
 
-`train.epochs: null` is a length that suits the data set, and on a CPU ends within about an hour.
-`train.micro_batch_size: auto` is as many images as memory holds, by the forecast of a step.
+`train.epochs: null` chooses a length that suits the data set, and on a CPU takes at most about an hour.
+`train.micro_batch_size: auto` chooses as many images as fit in memory, according to the forecast of a step.
 """
 
 from __future__ import annotations
@@ -18,34 +18,33 @@ from sslvit.train.fake_step import FakeStep
 from sslvit.train.forecast import Forecast, forecast
 from sslvit.train.hardware import cpu_flops, cpu_memory, gpu_memory, trains_on_gpu
 
-CPU_SECONDS = 3600.0  # of a run whose length nobody gave: it shows the way
-# FLOP/s of a training step over those that `cpu_flops` measures: 0.8 to 1.0 in float32 and 0.45 to 0.9 in bf16, of MAE,
-# DINO and iGPT on two CPU cores
+CPU_SECONDS = 3600.0  # limit for a run whose length is not given
+# FLOP/s of a training step divided by those that `cpu_flops` measures: 0.8 to 1.0 in float32 and 0.45 to 0.9 in bf16,
+# for MAE, DINO and iGPT on two CPU cores
 STEP_EFFICIENCY = 0.75
-# FLOP/s of a process among several, which must all come to the same length
+# assumed FLOP/s of each of several processes, which must all choose the same length
 ASSUMED_FLOPS = 5e10
 
 # What a forecast does not count. The CUDA context with its loaded kernels takes about half a GiB, the workspaces of
 # cuBLAS and cuDNN some 100 MiB, NCCL's buffers up to half a GiB, probes and pictures during training the rest.
 RESERVED = 1.5 * 2**30
-RESERVED_ON_CPU = 0.5 * 2**30  # the process with its libraries, images on their way, probes and pictures
-# The caching allocator rounds sizes up and leaves holes between the blocks of one size and those of the next; kernels
-# have room of their own, too.
+RESERVED_ON_CPU = 0.5 * 2**30  # the process with its libraries, images in transit, probes and pictures
+# The caching allocator rounds sizes up and leaves gaps between blocks of different sizes; kernels need workspaces, too.
 FRAGMENTED = 0.1  # of the memory
-# Bytes that a step on a CPU holds for each token, number of its width and block: two to ten times what is counted.
-# Where even that is little beside the memory, the step is not counted, which takes a second.
+# Bytes that a step on a CPU holds per token, channel and block: two to ten times the counted number. If even that is
+# little compared with the memory, the step is not counted, which would take a second.
 ROUGH_BYTES, LITTLE = 256, 0.05
 
 
 def fit_length(
     settings: RunSettings, images: int, classes: int | None, steps_per_epoch: int, global_batch_size: int
 ) -> tuple[TrainSettings, str]:
-    """The settings with a length where none is given, and what to say about it.
+    """The settings, with a length if none is given, and a note about it.
 
     Args:
         settings: Settings of the run.
         images: Number of images in the data set.
-        classes: Number of its classes, where it has labels.
+        classes: Number of its classes, if it has labels.
         steps_per_epoch: Optimizer steps in one pass over the data.
         global_batch_size: Images per step.
     """
@@ -56,7 +55,7 @@ def fit_length(
     run = RunPlan.make(fitted, steps_per_epoch, global_batch_size, settings.seed)
     try:
         seconds = cpu_seconds(FakeStep(settings, run, images, classes))
-    except Exception:  # a task of one's own may do what fake tensors cannot
+    except Exception:  # a custom task may do what fake tensors cannot
         return fitted, ""
     if seconds <= CPU_SECONDS:
         return fitted, ""
@@ -77,7 +76,7 @@ def duration(seconds: float) -> str:
 
 
 def cpu_seconds(step: FakeStep) -> float:
-    """Seconds of a run on the CPU of this machine, by the work of its step and a short measurement."""
+    """Seconds of a run on this machine's CPU, estimated from the FLOPs of a step and a short measurement."""
     run = step.run
     one = run.ranks == 1
     flops = STEP_EFFICIENCY * (cpu_flops(step.settings.encoder.width, step.precision) if one else ASSUMED_FLOPS)
@@ -89,9 +88,9 @@ class MicroBatch:
     """Images per forward pass that fit the memory.
 
     Args:
-        size: Number of images; None where not even the fewest fit.
-        found: The forecast with that number, or with the fewest.
-        memory: Bytes of the GPU, or what is free of a CPU's.
+        size: Number of images; None if not even the smallest number fits.
+        found: The forecast with that number, or with the smallest one.
+        memory: Bytes of GPU memory, or free bytes of main memory.
         settings: Settings of the run.
     """
 
@@ -123,16 +122,16 @@ class MicroBatch:
 
 
 def usable(memory: float, on_gpu: bool = True) -> float:
-    """Bytes of a memory that a forecast may fill."""
+    """Bytes of memory that a forecast may fill."""
     return (1 - FRAGMENTED) * memory - (RESERVED if on_gpu else RESERVED_ON_CPU)
 
 
 def choose_micro_batch(step: FakeStep, memory: float) -> MicroBatch:
-    """The most images per forward pass, of those that divide a rank's part of the batch, whose forecast fits.
+    """Choose the most images per forward pass that divide a rank's share of the batch and whose forecast fits.
 
     Args:
         step: A step of the run.
-        memory: Bytes of the GPU, or what is free of a CPU's.
+        memory: Bytes of GPU memory, or free bytes of main memory.
     """
     settings, limit, most = step.settings, usable(memory, step.on_gpu), step.run.images_per_rank
     settings.task.check_micro_batch(most)
@@ -142,7 +141,7 @@ def choose_micro_batch(step: FakeStep, memory: float) -> MicroBatch:
 
     sizes = [size for size in range(1, most + 1) if most % size == 0 and _is_allowed(settings, size)]
     fitting = len(sizes)
-    if needed(most) > limit:  # asked first: one pass does not hold the gradients of another
+    if needed(most) > limit:  # tested first: a single pass does not hold the gradients of another
         fitting = bisect_right(sizes[:-1], limit, key=needed)
     found = forecast(step, sizes[max(fitting, 1) - 1])
     return MicroBatch(found.run.images_per_pass if fitting else None, found, memory, settings)
@@ -151,16 +150,16 @@ def choose_micro_batch(step: FakeStep, memory: float) -> MicroBatch:
 def fit_micro_batch(
     run: RunPlan, settings: RunSettings, images: int, classes: int | None
 ) -> tuple[RunPlan, str | None]:
-    """The plan with the micro-batch that `auto` chooses for the GPU or the memory here, and what to say about it.
+    """The plan with the micro-batch that `auto` chooses for this machine's GPU or memory, and a note about it.
 
-    The setting stays `auto`, so that a resume on another machine chooses for that one. What is free of a CPU's memory
-    may soon be more, so a run that does not fit it is tried with the fewest images.
+    The setting stays `auto`, so that a resume on another machine chooses for that one. More main memory may soon be
+    free, so a run on a CPU that does not fit is tried with the fewest images.
 
     Args:
         run: Steps, batch sizes and ranks.
         settings: Settings of the run.
         images: Number of images in the data set.
-        classes: Number of its classes, where it has labels.
+        classes: Number of its classes, if it has labels.
 
     Raises:
         ValueError: Not even the fewest images fit a GPU.
@@ -173,7 +172,7 @@ def fit_micro_batch(
         return run, None
     try:
         chosen = choose_micro_batch(FakeStep(settings, run, images, classes), memory)
-    except Exception as error:  # a task of one's own may do what fake tensors cannot; its run is to go on
+    except Exception as error:  # a custom task may do what fake tensors cannot; its run should continue
         reason = brief(str(error))
         return run, f"train.micro_batch_size auto: all {run.images_per_rank} images of each rank at once ({reason})"
     if chosen.size is None and on_gpu:
@@ -183,7 +182,7 @@ def fit_micro_batch(
 
 
 def rough_bytes(settings: RunSettings, images: int) -> float:
-    """What a step with so many images at once holds, roughly and rather too much."""
+    """A rough upper estimate of the bytes that a step with this many images per pass holds."""
     encoder = settings.encoder
     tokens = sum(math.prod(size) for size in view_sizes(settings, settings.data.largest_side)) / encoder.patch**2
     return ROUGH_BYTES * images * tokens * encoder.width * (encoder.depth + 1)

@@ -1,4 +1,4 @@
-"""The run folder: all that a run made, and never overwritten silently.
+"""The run folder: everything that a run makes, never overwritten silently.
 
 config.yaml      exactly what ran, and under made_by each process that ran it: command, date, host, versions, commits
 metrics.jsonl    one line per logged step, appended
@@ -6,13 +6,13 @@ checkpoints/     last.ckpt
 encoder/         encoder.json + encoder.safetensors
 ledger.json      how many samples were read, which could not be and why
 ledger/          with data.ledger: one file per rank, a line per sample that it read
-scores.json      of a classifier: accuracy on the reported images
+scores.json      accuracy of a classifier on the reported images
 health.json      whether training has collapsed, and what to do about it
-tensorboard/     wandb/     mlflow/      what those were told, where the settings ask for it
-incident/        a step that was not finite, of a run that ended so
+tensorboard/     wandb/     mlflow/      logs of these trackers, if the settings ask for them
+incident/        a step that was not finite, if such steps ended the run
 figures/
 report.html      all of this on one page (report.py)
-.lock            held by the process that trains
+.lock            locked by the process that trains
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from sslvit.sharded_checkpoint import SHARDS, check_checkpoint
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-WAIT_SECONDS = 30.0  # for the process before, which writes its last checkpoint
-NAMED = f"step-{'[0-9]' * 8}.ckpt"  # and not what a user calls step-best.ckpt
-SECTIONS = {"task", "encoder", "data", "train"}  # of a config.yaml
-# settings that an object may be given for, and how it is given again in Python
+WAIT_SECONDS = 30.0  # for the previous process, which may be writing its last checkpoint
+NAMED = f"step-{'[0-9]' * 8}.ckpt"  # does not match a user's own step-best.ckpt
+SECTIONS = {"task", "encoder", "data", "train"}  # in every config.yaml
+# settings that Python may give as objects -> the argument that gives them again
 GIVEN_AS = {
     "data.shards": "data", "task.val": "val", "data.view.function": "transform", "online.train": "online.train",
     "online.val": "online.val",
 }  # fmt: skip
-# what a run has made when it is killed before its first checkpoint
+# what a run may have written when it is killed before its first checkpoint
 BEGUN = {
     "config.yaml", "checkpoints", "metrics.jsonl", "ledger.json", "ledger", "health.json", "tensorboard", "wandb",
     "mlflow", "report.html",
@@ -65,7 +65,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 class RunFolder(Result):
-    """Paths of one run, and what they hold.
+    """Paths of one run, and their content.
 
     Args:
         path: the folder.
@@ -73,7 +73,7 @@ class RunFolder(Result):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.is_new = False  # it was not there before it was held
+        self.is_new = False  # whether `held` has created it
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoints" / "last.ckpt"
@@ -90,11 +90,11 @@ class RunFolder(Result):
         self.page = self.path / "report.html"
 
     def __fspath__(self) -> str:
-        """The folder, so that a run stands wherever its path does."""
+        """The path, so that a run can be used wherever a path can."""
         return str(self.path)
 
     def text(self) -> str:
-        """How far the run is, how it ended, and where its encoder is."""
+        """Progress and results of the run, and where its encoder is."""
         found = self.to_dict()
         lines = [f"run folder {printable(self.path)}"]
         if last := found["metrics"]:
@@ -117,7 +117,7 @@ class RunFolder(Result):
         }  # fmt: skip
 
     def scores_in_words(self) -> str:
-        """The scores of a fine-tuning."""
+        """The scores of a fine-tuning run in words."""
         found = json.loads(self.scores.read_text())
         among = "" if found["top5"] is None else f", top-5 {found['top5']:.1f} %"
         same = " (those that it was trained on: it says nothing of others)" if found.get("is_training_data") else ""
@@ -127,13 +127,13 @@ class RunFolder(Result):
         )
 
     def held(self, waits: bool) -> AbstractContextManager[None]:
-        """The folder for this process alone, while the block runs.
+        """Lock the folder for this process while the block runs.
 
         Args:
-            waits: a little for an earlier process that is ending, as that of a job in the queue again.
+            waits: Whether to wait a little for an earlier process that is ending, such as that of a requeued job.
 
         Raises:
-            ValueError: another process works there, or it is a file.
+            ValueError: another process has locked it, or it is a file.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{printable(self.path)}: is a file. Choose another run folder.")
@@ -148,31 +148,31 @@ class RunFolder(Result):
 
     @property
     def resume_command(self) -> str:
-        """What is typed to go on with the run; in Python where it was given an object."""
+        """The command that resumes the run; a call in Python if the run was given objects."""
         given = self.given_from_python() if self._kind_of_config() == "run" else {}
         return self.resume_call(given) if given else f"sslvit resume {shlex.quote(str(self.path))}"
 
     def given_from_python(self) -> dict[str, str]:
-        """What config.yaml says in words, by dotted key, since it was given as an object."""
+        """Descriptions in config.yaml, by dotted key, of settings that were given as objects."""
         before = by_dotted_key(self.read_config())
         return {key: before[key] for key in GIVEN_AS if is_given(before.get(key))}
 
     def resume_call(self, given: Iterable[str]) -> str:
-        """What is typed in Python to go on with a run that was given objects for these settings."""
+        """The call in Python that resumes a run that was given objects for these settings."""
         words = [f"**{{'{key}': ...}}" if GIVEN_AS[key] == key else f"{GIVEN_AS[key]}=..." for key in given]
         return f"sslvit.resume({', '.join([repr(str(self.path)), *words])})"
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
+        """Whether there is a checkpoint to resume from."""
         return bool(self.checkpoints)
 
     def check(self, resume: bool, overwrite: bool) -> None:
-        """Whether the folder may be used so; nothing is touched. A run without a checkpoint has nothing to lose.
+        """Check that the folder may be used; nothing is changed. A run without a checkpoint may always be replaced.
 
         Raises:
-            ValueError: it holds something else than a beginning and neither flag is given, both are, or it is not a run
-                to resume or overwrite.
+            ValueError: the folder holds more than the beginning of a run and neither flag is given, both flags are
+                given, or it is not a run to resume or overwrite.
         """
         if resume and overwrite:
             raise ValueError("--resume and --overwrite exclude each other: go on with the old run, or start anew?")
@@ -201,10 +201,10 @@ class RunFolder(Result):
             )
 
     def has_only_begun(self, found: set[str]) -> bool:
-        """Whether all that is there is what a run has made when it ends before its first checkpoint.
+        """Whether the folder holds only what a run writes before its first checkpoint.
 
         Args:
-            found: names in the folder.
+            found: Names in the folder.
         """
         made = {name for name in found if not name.endswith(".part")}
         config = self._kind_of_config()
@@ -215,7 +215,7 @@ class RunFolder(Result):
         if any(path.suffix != ".part" and path.name != SHARDS for path in inside):
             return False
         lines = self.read_metrics()
-        # a writer in the background may be killed as late as with the second; later, the first was there and is gone
+        # a background writer may be killed as late as at the second one; later, the first one has been deleted
         return not lines or lines[-1]["step"] < 2 * self._steps_to_first_checkpoint()
 
     @property
@@ -226,7 +226,7 @@ class RunFolder(Result):
 
     @property
     def is_run(self) -> bool:
-        """Whether a run has made the folder, also if its config.yaml is damaged."""
+        """Whether a run has made the folder, even if its config.yaml is damaged."""
         config, made = self._kind_of_config(), (self.checkpoint, self.metrics, self.encoder / "encoder.json")
         return config == "run" or (self.config.exists() and config != "other" and any(path.is_file() for path in made))
 
@@ -246,10 +246,10 @@ class RunFolder(Result):
         return every if isinstance(every, int) else 1
 
     def start(self, settings: dict[str, Any], goes_on: bool) -> None:
-        """Make the folder and write down what runs; an earlier run's files go, unless the run goes on.
+        """Make the folder, write config.yaml, and delete an earlier run's files unless the run is resumed.
 
-        What is written is on the disk before anything is deleted. The encoder of a run that goes on stays until a
-        checkpoint is newer.
+        The new settings are written before anything is deleted. The encoder of a resumed run stays until there is a
+        newer checkpoint.
         """
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.encoder, self.figures, self.samples, self.incident):
@@ -264,7 +264,7 @@ class RunFolder(Result):
         self.checkpoint.parent.mkdir(exist_ok=True)
 
     def _delete_run(self) -> None:
-        """All that a run made but its config.yaml; what somebody else put beside its checkpoints stays."""
+        """Delete what a run made, except its config.yaml; other files beside its checkpoints stay."""
         folder = self.checkpoint.parent
         for made in (self.checkpoint, *folder.glob(NAMED), *folder.glob("*.part"), *self.path.glob("*.jsonl.*.part")):
             made.unlink(missing_ok=True)
@@ -275,17 +275,17 @@ class RunFolder(Result):
             made.unlink(missing_ok=True)
 
     def newest_checkpoint(self) -> Path:
-        """The newest checkpoint whose bytes are as they were written; a damaged one is said, and the one before taken.
+        """The newest checkpoint with a valid checksum; a damaged one is reported, and the one before it is used.
 
         Raises:
-            ValueError: none is whole.
+            ValueError: none is intact.
         """
         problem: Exception | None = None
         damaged = set()
         for path in self.checkpoints:
             about = path.stat()
             if (about.st_dev, about.st_ino) in damaged:
-                continue  # the same by its other name
+                continue  # the same file by its other name
             try:
                 check_checkpoint(path)
             except (ValueError, OSError) as error:
@@ -313,7 +313,7 @@ class RunFolder(Result):
                 new.writelines(text for text, line in read_lines(path) if line["step"] < step)
 
     def read_config(self) -> dict[str, Any]:
-        """The settings that config.yaml holds.
+        """The settings in config.yaml.
 
         Raises:
             ValueError: it is missing or damaged.
@@ -329,7 +329,7 @@ class RunFolder(Result):
         return content
 
     def made_by(self) -> list[Any]:
-        """The processes that ran it so far, as config.yaml names them; none where it is missing or damaged."""
+        """The processes that have run it so far, from config.yaml; none if that is missing or damaged."""
         try:
             content = yaml.safe_load(self.config.read_text())
         except (OSError, *YAML_ERRORS):
@@ -364,7 +364,7 @@ def named_step(checkpoint: Path) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """What a file of a run holds; None where there is none, or a damaged one."""
+    """The content of a JSON file of a run; None if it is missing or damaged."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -373,7 +373,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Write lines behind those of a run's .jsonl.
+    """Append lines to a run's .jsonl.
 
     Raises:
         WriteError: the disk is full or cannot be written to.
@@ -386,9 +386,9 @@ def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(text, content) of the lines of a run's .jsonl; damaged ones are passed over and said.
+    """(text, content) of the lines of a run's .jsonl; damaged lines are skipped with a warning.
 
-    The last one may be half a line, which a killed run leaves behind.
+    An incomplete last line, which a killed run may leave, is skipped without one.
     """
     bad: list[int] = []
     with open(path, encoding="utf-8", errors="replace") as file:

@@ -1,7 +1,7 @@
 """`sslvit plan`: parameters, FLOPs, memory, steps and hours of a run, before anything runs.
 
-One step is taken with tensors that have shapes and no content, so nothing is estimated that can be counted: FLOPs are
-those of every matrix product of the step, forward and backward; memory is the most that is alive at once.
+One step is run on fake tensors, which have shapes but no content, so nothing is estimated that can be counted: FLOPs
+are those of every matrix product of the step, forward and backward; memory is the peak of live tensors.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ PEAKS = {"h200": 989.0, "h100pcie": 756.0, "h100": 989.0, "a100": 312.0, "l40s":
 
 @dataclass
 class Forecast:
-    """Of one run.
+    """The forecast of one run.
 
     Args:
         encoder: parameters of the encoder.
-        trained: parameters that the optimizer moves.
-        total_params: numbers in the whole state, teacher and buffers included.
+        trained: parameters that the optimizer updates.
+        total_params: numbers in the whole state, including teacher and buffers.
         flops_per_image: FLOPs of a step per image, forward and backward.
-        peak: most bytes that a step on one rank's micro-batch holds at once besides weights and moments.
+        peak: peak bytes of a step on one rank's micro-batch, without weights and moments.
         activations: the same without the weights' gradients, for several ranks; otherwise 0.
-        block: numbers in the largest block of a network.
-        outside: numbers of weights that lie in no block.
-        images: in the data set.
+        block: parameters in the largest block of a network.
+        outside: parameters outside of all blocks.
+        images: images in the data set.
         precision: Precision of the computation: float32, bf16 or float64.
-        on_gpu: whether memory is counted as a GPU's kernels hold it; otherwise as a CPU's.
+        on_gpu: whether memory is counted as for a GPU's kernels; otherwise as for a CPU's.
         run: steps, batch sizes and ranks.
     """
 
@@ -56,7 +56,7 @@ class Forecast:
     run: RunPlan
 
     def memory(self, strategy: str) -> dict[str, float]:
-        """Bytes on each rank. Weights, moments and gradients are float32 in bf16, too.
+        """Bytes on each rank, by use. Weights, moments and gradients are float32 also in bf16.
 
         Args:
             strategy: ddp or fsdp.
@@ -67,14 +67,14 @@ class Forecast:
         alone = kept | {"activations": self.peak - gradients}
         if self.run.ranks == 1:
             return alone
-        if strategy == "ddp":  # the buckets that are exchanged stay, and in the last pass they are the gradients
+        if strategy == "ddp":  # communication buckets stay allocated; in the last pass, gradients are views of them
             return (
                 alone | {"buckets": gradients}
                 if self.run.accumulation_steps > 1
                 else kept | {"activations": self.activations}
             )
         sharded = {name: whole / self.run.ranks for name, whole in kept.items()}
-        # at once whole: what lies in no block, the block that runs and the next, and the gradients of one
+        # unsharded at once: parameters outside of blocks, two blocks (this and the next), and one block's gradients
         gathered = size * (self.outside + 3 * self.block)
         return sharded | {"gathered": gathered, "activations": self.activations}
 
@@ -83,12 +83,12 @@ class Forecast:
         return sum(self.memory(strategy).values())
 
     def hours(self, tflops: float, utilization: float) -> float:
-        """On devices of so many TFLOP/s, of which a share is used."""
+        """Hours on devices with this peak in TFLOP/s, of which a fraction is used."""
         work = float(self.flops_per_image) * self.run.global_batch_size * self.run.total_steps
         return work / (tflops * 1e12 * utilization * self.run.ranks) / 3600
 
     def text(self) -> str:
-        """For a reader."""
+        """The forecast as text."""
         run, memory = self.run, []
         for strategy in ("ddp", "fsdp"):
             bytes_by_use = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.memory(strategy).items())
@@ -111,9 +111,9 @@ def plan_step(settings: RunSettings, images: int, classes: int | None = None) ->
     """A step that a run with these settings would take.
 
     Args:
-        settings: As for a run.
+        settings: Settings of the run.
         images: Number of images in the data set.
-        classes: Number of its classes, where it has labels.
+        classes: Number of its classes, if it has labels.
 
     Raises:
         ValueError: There are fewer images than a batch.
@@ -127,14 +127,14 @@ def plan_step(settings: RunSettings, images: int, classes: int | None = None) ->
 
 
 def forecast(step: FakeStep, micro_batch_size: int | None = None) -> Forecast:
-    """What a run would be.
+    """The forecast of a run.
 
     Args:
         step: A step of the run.
-        micro_batch_size: Images per forward pass; null for those of the run.
+        micro_batch_size: Images per forward pass; None for the run's own.
 
     Raises:
-        ValueError: The course of a step depends on what the images show.
+        ValueError: The computation of a step depends on the content of its images.
     """
     run, task = step.run, step.task
     if micro_batch_size is not None:
@@ -153,11 +153,11 @@ def forecast(step: FakeStep, micro_batch_size: int | None = None) -> Forecast:
 
 
 def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> float | None:
-    """Share of all devices' peak that one image a second takes.
+    """Fraction of all devices' peak that one image per second uses.
 
-    None where the peak or the work is not known, or the work of an image changes (data.resolution_fractions).
+    None if the peak or the FLOPs are unknown, or if the FLOPs per image change (data.resolution_fractions).
 
-    The work is that of the model's products in a step, without what is computed again to save memory.
+    FLOPs are those of the model's matrix products in a step, without recomputation to save memory.
 
     Args:
         settings: Settings of a run.
@@ -167,17 +167,17 @@ def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> flo
     peak = train.peak_tflops
     if peak is None and trains_on_gpu(train):
         peak = next(iter((peak_of_gpu() or {}).values()), None)
-    if peak is None or settings.data.resolution_fractions is not None:  # the work of an image changes on the way
+    if peak is None or settings.data.resolution_fractions is not None:  # FLOPs per image change
         return None
     once = replace(settings, encoder=replace(settings.encoder, activation_checkpointing=False))
     try:
         flops = plan_step(once, len(index), len(index.classes) if index.classes else None).flops_per_image
-    except Exception:  # the work depends on what the images show: then there is no such number, and the run goes on
+    except Exception:  # the FLOPs depend on the images' content: the run continues without this number
         return None
     return flops / (peak * 1e12 * train.ranks)
 
 
 def peak_of_gpu() -> dict[str, float] | None:
-    """Name and TFLOP/s of the GPU of this machine; None where there is none, or nothing is known of it."""
+    """Name and TFLOP/s of the GPU of this machine; None if there is none, or an unknown one."""
     name = torch.cuda.get_device_name().lower().replace(" ", "") if torch.cuda.is_available() else ""
     return next(({key: tflops} for key, tflops in PEAKS.items() if key in name), None)

@@ -1,4 +1,4 @@
-"""Which processes and devices a run takes, how it computes there, how much memory there is, how fast a CPU is."""
+"""Processes and devices of a run, its precision and compilation, the memory available, and the speed of a CPU."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch import nn
 
 from sslvit.settings.run import TrainSettings
 
-# limit, use and caches that can be dropped, in control groups of version 2 and 1
+# memory limit, memory usage and reclaimable caches, in control groups of version 2 and 1
 GROUP_FILES = [
     ("memory.max", "memory.current", "inactive_file "),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
 ]
-MEASURED_TOKENS = 2048  # some ten images
+MEASURED_TOKENS = 2048  # about ten images
 
 
 def launched() -> tuple[str, int, int] | None:
-    """The launcher that started this process beside others, their number on each machine, and the number of machines.
+    """The launcher that started this process, the number of processes per machine, and the number of machines.
 
-    None where no launcher has: then the run starts its own processes.
+    None without a launcher: then the run starts its own processes.
 
     Raises:
         ValueError: SLURM has reserved several tasks, and nothing has started them.
@@ -48,15 +48,15 @@ def launched() -> tuple[str, int, int] | None:
 
 
 def is_slurm_job() -> bool:
-    """Whether SLURM says which ranks there are; torchrun, which may run in a job of SLURM, comes first."""
+    """Whether SLURM defines the ranks; torchrun, which may run in a job of SLURM, takes precedence."""
     return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
 
 
 def resolve_processes(train: TrainSettings) -> TrainSettings:
-    """The settings with the number of processes that there are, or are to be.
+    """The settings with the number of processes that were or will be started.
 
     Raises:
-        ValueError: Other numbers are given than a launcher has started.
+        ValueError: The given numbers differ from those that a launcher has started.
     """
     found = launched()
     if found is None:
@@ -74,12 +74,12 @@ def resolve_processes(train: TrainSettings) -> TrainSettings:
 
 
 def trains_on_gpu(train: TrainSettings) -> bool:
-    """Whether a run takes a GPU; one that asks for it is planned for it on any machine."""
+    """Whether a run uses a GPU; a run that requires one can be planned on any machine."""
     return train.accelerator == "gpu" or (train.accelerator == "auto" and torch.cuda.is_available())
 
 
 def precision_of(train: TrainSettings) -> str:
-    """float32, bf16 or float64; auto is bf16 where the hardware computes in it, and for a GPU that is not here."""
+    """float32, bf16 or float64; auto is bf16 if the hardware supports it, and for a GPU that is not here."""
     if train.precision != "auto":
         return train.precision
     if trains_on_gpu(train):
@@ -92,7 +92,7 @@ def precision_of(train: TrainSettings) -> str:
 def compile_mode(train: TrainSettings) -> str | None:
     """The mode that `train.compile` stands for; None for no compilation.
 
-    torch writes its kernels for GPUs in Triton, so `auto` needs that as well.
+    torch generates its GPU kernels with Triton, so `auto` requires that as well.
     """
     if train.compile == "auto":
         return "default" if trains_on_gpu(train) and find_spec("triton") else None
@@ -101,7 +101,7 @@ def compile_mode(train: TrainSettings) -> str | None:
 
 @contextmanager
 def tf32_beside_bf16(train: TrainSettings) -> Iterator[None]:
-    """While the block runs, what autocast leaves in float32 (DINO's prototypes) takes TF32, which has more digits."""
+    """Within the block, whatever autocast leaves in float32 (DINO's prototypes) uses TF32, still finer than bf16."""
     before = torch.get_float32_matmul_precision()
     if trains_on_gpu(train) and precision_of(train) == "bf16":
         torch.set_float32_matmul_precision("high")
@@ -112,16 +112,16 @@ def tf32_beside_bf16(train: TrainSettings) -> Iterator[None]:
 
 
 def gpu_memory(devices: int = 1) -> int:
-    """Bytes of the smallest of the first GPUs of this machine; 0 where there is none."""
+    """Bytes of the smallest of the first GPUs of this machine; 0 if there is none."""
     here = range(min(devices, torch.cuda.device_count() if torch.cuda.is_available() else 0))
     return min((int(torch.cuda.get_device_properties(number).total_memory) for number in here), default=0)
 
 
 def cpu_memory(processes: int = 1) -> int:
-    """Bytes of main memory that one process may take; 0 where the system does not tell.
+    """Bytes of main memory that one process may use; 0 if they are unknown.
 
-    For one process that is what is free now, within the limit of its control group (a container's, a batch job's).
-    Several must come to the same number, each by itself, so for them it is an equal part of half of all memory.
+    For one process, this is the memory that is free now, within the limit of its control group (of a container or a
+    batch job). Several processes must each arrive at the same number, so they get equal parts of half of all memory.
 
     Args:
         processes: Number of processes of the run on this machine.
@@ -132,7 +132,7 @@ def cpu_memory(processes: int = 1) -> int:
         known = {name: 1024 * int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
     total, free = known.get("MemTotal", 0), known.get("MemAvailable", 0)
     if not total:
-        with suppress(OSError, ValueError, AttributeError):  # no Linux
+        with suppress(OSError, ValueError, AttributeError):  # not Linux
             total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = free or total // 2
     for limit, used in _group_limits():
@@ -141,7 +141,7 @@ def cpu_memory(processes: int = 1) -> int:
 
 
 def _group_limits() -> list[tuple[int, int]]:
-    """Limit and use of memory of this process's control groups that have a limit; caches of files do not count."""
+    """Memory limit and usage of this process's control groups that have a limit; file caches are not counted."""
     groups = [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")]
     with suppress(OSError, IndexError):
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
@@ -161,12 +161,12 @@ def _group_limits() -> list[tuple[int, int]]:
 def cpu_flops(width: int, precision: str, seconds: float = 0.5) -> float:
     """FLOP/s of a transformer's MLP, forward and backward, on this machine's CPU with torch's number of threads.
 
-    Products alone would promise several times as much where a CPU has units for bf16, which its other work lacks.
+    Matrix products alone would promise several times as much on a CPU with bf16 units, which only they can use.
 
     Args:
         width: Width of the tokens.
         precision: float32, bf16 or float64.
-        seconds: How long is measured, after a first pass.
+        seconds: Duration of the measurement, after a first pass.
     """
     dtype = torch.float64 if precision == "float64" else torch.float32
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Beside metrics.jsonl: TensorBoard, Weights & Biases and MLflow; numbers as they come, pictures at the end."""
+"""TensorBoard, Weights & Biases and MLflow besides metrics.jsonl: numbers during the run, pictures at its end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sslvit.train.folder import RunFolder
 
 
 def check_loggers(settings: TrainSettings) -> None:
-    """Refuse what is not installed, before data is touched.
+    """Refuse trackers that are not installed, before data is touched.
 
     Raises:
         ImportError: a logger's package is missing.
@@ -39,9 +39,9 @@ def check_loggers(settings: TrainSettings) -> None:
 def make_loggers(
     settings: RunSettings, folder: RunFolder, index: Index | StreamIndex, others: Sequence[Logger] = ()
 ) -> list[Logger]:
-    """Those that the settings ask for and the user's, on the first rank, told all that the run depends on.
+    """The loggers of the settings and of the user, for the first rank, with everything the run depends on logged.
 
-    A resumed run goes on in the same run of Weights & Biases and of MLflow, which takes no parameter a second time.
+    A resumed run continues its run of Weights & Biases and of MLflow, which does not accept a parameter twice.
     """
     train, about = settings.train, describe_run(settings, index)
     loggers: list[Logger] = []
@@ -63,7 +63,7 @@ def make_loggers(
 
 
 def _mlflow(experiment: str, folder: RunFolder, about: dict[str, Any]) -> MLFlowLogger:
-    """A run of MLflow, begun or continued; on the server that the environment names, or in the run folder."""
+    """A new or continued run of MLflow, on the server that the environment names or in the run folder."""
     folder.mlflow.mkdir(exist_ok=True)
     file = folder.mlflow / "run-id"
     run_id = file.read_text().strip() if file.exists() else None
@@ -76,14 +76,14 @@ def _mlflow(experiment: str, folder: RunFolder, about: dict[str, Any]) -> MLFlow
 
 
 def describe_run(settings: RunSettings, index: Index | StreamIndex) -> dict[str, Any]:
-    """Settings, data, versions, commits and command, nested: what two runs are compared by."""
+    """Settings, data, versions, commits and command as nested dicts, by which runs can be compared."""
     data = {"location": index.location, "images": len(index), "fingerprint": index.fingerprint()}
     return {**asdict(settings), "data_set": data, **describe_process()}
 
 
 @contextmanager
 def ended_on_failure(trainer: pl.Trainer) -> Iterator[None]:
-    """End the logs of a run that does not reach its last step, so that the next one in this process has its own."""
+    """End the logs of a run that does not reach its last step, so that the next run in this process has its own."""
     try:
         yield
     except BaseException:
@@ -94,7 +94,7 @@ def ended_on_failure(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def log_pictures(trainer: pl.Trainer, figures: Path, step: int) -> None:
-    """The run's figures, and the end of each log, on the first rank."""
+    """Log the run's figures and close each log, on the first rank."""
     files = sorted(figures.glob("*.png"))
     for logger in trainer.loggers:
         for file in files:

@@ -1,4 +1,4 @@
-"""The pictures that every run leaves: its loss, its views, what the task shows, and where the encoder looks."""
+"""The pictures of every run: its loss, its views, the task's own pictures, and the encoder's attention."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ LARGER = 2  # times the training resolution
 MASS = 0.6  # of the attention, in the masks
 MAX_HEADS = 16  # one row of the picture each
 NEIGHBORS_OF = 5  # images; `sslvit show neighbors` draws more
-SEARCHED, SEARCHED_ON_CPU = 1000, 128  # images among which neighbors are searched: seconds
+SEARCHED, SEARCHED_ON_CPU = 1000, 128  # images searched for neighbors, in a few seconds
 
 
 def plot_pictures(folder: RunFolder, task: Task, data: ShardDataModule, device: torch.device) -> None:
-    """Draw them all from the first images of the data set.
+    """Draw all pictures from the first images of the data set.
 
     Args:
         folder: The run's folder.
@@ -61,7 +61,7 @@ def plot_pictures(folder: RunFolder, task: Task, data: ShardDataModule, device: 
     task.to("cpu")
     encoder = task.trained_encoder
     if isinstance(encoder, Backbone) or encoder.settings.tokens == "pixel":
-        return  # there are no tokens; a pixel sequence is tied to its size, and its tokens are no patches
+        return  # a backbone has no tokens; those of a pixel sequence are not patches, and its size is fixed
     sizes = {"": data.whole_images(IMAGES), "_larger": data.whole_images(IMAGES, LARGER)}
     if encoder.settings.pooling == "class":
         for suffix, images in sizes.items():
@@ -75,7 +75,7 @@ def plot_pictures(folder: RunFolder, task: Task, data: ShardDataModule, device: 
 
 
 def plot_found_neighbors(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
-    """Draw some images with their nearest neighbors, where the encoder's features are finite."""
+    """Draw some images with their nearest neighbors, if the encoder's features are finite."""
     index, encoder = data.index, task.trained_encoder
     if isinstance(index, StreamIndex) or len(index) < 2:
         return

@@ -1,4 +1,4 @@
-"""`sslvit plan`: what a run would be on this machine or on a GPU, before it runs."""
+"""`sslvit plan`: a forecast of a run on this machine or on a GPU, before it starts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from sslvit.train.hardware import cpu_memory, gpu_memory, resolve_processes, tra
 from sslvit.train.prepare import check_machine, read_settings, size_notice
 from sslvit.train.timed_steps import TimedSteps, fit_budget, time_run
 
-LONG_SECONDS = 24 * 3600.0  # of a run on a CPU, from which on GPUs are named beside it
-# images that one core decodes and crops in a second where none are there to measure: photographs of 500 x 375 pixels
-# for one view of 224 pixels, and for DINO's ten
+LONG_SECONDS = 24 * 3600.0  # a run on a CPU that takes longer is also planned for GPUs
+# images that one core decodes and crops per second, if there are none to measure: photographs of 500 x 375 pixels, for
+# one view of 224 pixels and for DINO's ten
 ASSUMED_ONE_VIEW, ASSUMED_MANY_VIEWS = 500.0, 200.0
 STEPS_ON_GPU, STEPS_ON_CPU = 20, 4  # that --measure times
-SECONDS_ON_CPU = 2.0  # that each of them may take there, by the forecast
-# pixels per parameter at which next-pixel prediction makes the most of its compute: 10 to 20 times the 20 tokens of
+SECONDS_ON_CPU = 2.0  # that each of them may take on a CPU, by the forecast
+# pixels per parameter at which next-pixel prediction uses its compute best: 10 to 20 times the 20 tokens of
 # language models (Yan et al. 2025, arXiv 2511.08704, figure 1)
 BEST_PIXELS = (200, 400)
 
@@ -41,7 +41,7 @@ class Pace:
 
     Args:
         hardware: Its name.
-        basis: Where the number is from, in words.
+        basis: How the number was obtained, in words.
         seconds: Length of the run.
         images_per_second: Images trained on in a second, over all ranks.
     """
@@ -54,13 +54,13 @@ class Pace:
 
 @dataclass
 class Loading:
-    """Whether the cores of this machine decode as many images as its device takes.
+    """Whether the cores of this machine decode images as fast as its devices consume them.
 
     Args:
-        needed: Images per second that one machine's devices take.
+        needed: Images per second that one machine's devices consume.
         per_core: Images per second that one core decodes and crops.
-        is_measured: Whether that was measured on the images, or assumed.
-        workers: Loader processes on this machine; 0 where decoding and training take turns.
+        is_measured: Whether this rate was measured on the images, or assumed.
+        workers: Loader processes on this machine; 0 if decoding and training take turns.
     """
 
     needed: float
@@ -70,12 +70,12 @@ class Loading:
 
     @property
     def delivered(self) -> float:
-        """Images per second that all of them deliver."""
+        """Images per second that all loader processes deliver."""
         return self.per_core * max(self.workers, 1)
 
     @property
     def is_enough(self) -> bool:
-        """Whether the device need not wait for long: for at most a tenth of the time."""
+        """Whether the device never waits, or at most a tenth of the time without loader processes."""
         return self.delivered >= (self.needed if self.workers else 10 * self.needed)
 
     def text(self) -> str:
@@ -94,15 +94,15 @@ class Loading:
 
 @dataclass(repr=False)
 class PlannedRun(Result):
-    """What `plan` found.
+    """The result of `plan`.
 
     Args:
         forecast: Parameters, FLOPs and memory of a step, and the run's batches and steps.
-        paces: How long it takes, by hardware; the first is the one that the plan is made for.
-        loading: What the loader has to deliver; None where no rate of training is known.
-        micro_batch: What `train.micro_batch_size: auto` would take; None where it was not asked.
-        measured: Real steps, where they were asked for.
-        notes: What else is to be said, by topic.
+        paces: Duration of the run, by hardware; the first one is what the plan is made for.
+        loading: The rate that the loader has to deliver; None if the rate of training is unknown.
+        micro_batch: The choice of `train.micro_batch_size: auto`; None if the memory is unknown.
+        measured: Timings of real steps; None if they were not requested.
+        notes: Further notes, by topic.
     """
 
     forecast: Forecast
@@ -113,7 +113,7 @@ class PlannedRun(Result):
     notes: dict[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
-        """For a reader."""
+        """The plan as text."""
         named = [("micro-batch", self.micro_batch.text())] if self.micro_batch else []
         named += list(self.notes.items())
         named += [("loader", self.loading.text())] if self.loading else []
@@ -123,7 +123,7 @@ class PlannedRun(Result):
         return "\n".join([self.forecast.text(), *lines])
 
     def to_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """The plan as plain values."""
         found = self.forecast
         return asdict(found) | {
             "memory": {kind: found.memory(kind) for kind in ("ddp", "fsdp")},
@@ -149,13 +149,13 @@ def plan(
     measure: bool = False,
     **changes: Any,
 ) -> PlannedRun:
-    """Compute parameters, memory, steps and time of a run before it runs; printed, it is what `sslvit plan` prints.
+    """Compute parameters, memory, steps and time of a run before it starts, as `sslvit plan` prints them.
 
     Args:
         config: YAML file, or the name of a recipe such as mae/own_images.
         data: Images as in `pretrain`, which are looked at and not packed; None for the recipe's data.shards.
-        images: Number of images, in the place of data.
-        classes: Number of classes of labeled images, beside a number of images.
+        images: Number of images, in place of data.
+        classes: Number of classes of labeled images, together with a number of images.
         tflops: Peak TFLOP/s of one device in the run's precision; None for this machine's, or those of some GPUs.
         utilization: Assumed fraction of the peak that is used.
         memory_gib: Memory of one GPU in GiB, which the plan is then made for.
@@ -163,7 +163,7 @@ def plan(
         changes: Other settings, as in `pretrain`.
 
     Returns:
-        The numbers, which show themselves as the command prints them.
+        The plan; printing it gives the output of the command.
 
     Raises:
         ValueError: Settings that cannot run, no images to count, or fewer than a batch.
@@ -259,14 +259,14 @@ def plan(
 
 
 def model_size_notice(settings: RunSettings, images: int, parameters: int) -> str | None:
-    """What a scaling law says of the size of a model of pixels for such a run; None where it fits, or there is no law.
+    """A note if a scaling law suggests another size for a model of pixels; None if the size fits, or there is no law.
 
-    The law is one of compute, which grows with pixels times parameters, so at the same cost both change by the root.
+    Compute grows with pixels times parameters, so at the same cost both change by the square root.
 
     Args:
         settings: Settings of the run.
-        images: Images that it sees.
-        parameters: Those of the encoder.
+        images: Images that the run sees.
+        parameters: Parameters of the encoder.
     """
     if not isinstance(settings.task, IGPTSettings) or settings.task.objective != "autoregressive":
         return None
@@ -284,7 +284,7 @@ def model_size_notice(settings: RunSettings, images: int, parameters: int) -> st
 
 
 def loading_of(settings: RunSettings, examples: Examples, images_per_second: float, on_gpu: bool) -> Loading:
-    """What the loader of each machine has to deliver, and what its cores can."""
+    """The rate that the loader of each machine has to deliver, and the rate that its cores can deliver."""
     train, encoder = settings.train, settings.encoder
     views = encoder_views(encoder, settings.data.view)
     views.color_here = not on_gpu
@@ -297,7 +297,7 @@ def loading_of(settings: RunSettings, examples: Examples, images_per_second: flo
 
 
 def _measure(settings: RunSettings, run: RunPlan, cpu_seconds_per_image: float | None) -> TimedSteps:
-    """Some real steps of one forward pass each; on a CPU of as many images as take a moment, by the forecast."""
+    """Time real steps of one forward pass each; on a CPU, of as many images as take a moment by the forecast."""
     batch, steps = run.images_per_pass, STEPS_ON_GPU
     if cpu_seconds_per_image is not None:
         batch, steps = min(batch, max(1, round(SECONDS_ON_CPU / cpu_seconds_per_image))), STEPS_ON_CPU

@@ -1,4 +1,4 @@
-"""What is decided and refused before the first step."""
+"""Decisions and checks before the first step of a run."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from sslvit.train.loggers import check_loggers
 
 logger = logging.getLogger(__name__)
 
-SHRINKS, GROWS = 10, 7  # times that the shorter side of images becomes smaller or larger, from which on it is said
+SHRINKS, GROWS = 10, 7  # factors by which images' shorter side must shrink or grow for a notice
 
 
 def read_settings(config: str | Path, changes: dict[str, Any]) -> RunSettings:
-    """The settings of a recipe, whose encoder may be the one that --init names (`encoder.preset: init`).
+    """The settings of a recipe; with `encoder.preset: init`, its encoder is the one that --init names.
 
     Raises:
-        ValueError: It is, and there is no --init.
+        ValueError: The recipe needs --init, which is not given.
     """
     if not takes_init(config, changes):
         settings = load_recipe(config, changes)
@@ -59,12 +59,12 @@ def pretraining_settings(
     out: str | Path | None = None,
     init: str | os.PathLike[str] | None = None,
 ) -> RunSettings:
-    """The settings of a pretraining run, from what its command or its caller gave.
+    """The settings of a pretraining run, from the arguments of its command or caller.
 
     Args:
         config: YAML file, or the name of a recipe.
         changes: Other settings, by dotted key.
-        data: Where the images lie; None for the recipe's data.shards.
+        data: Location of the images; None for the recipe's data.shards.
         out: Run folder; None for the recipe's.
         init: Encoder whose weights are the initialization; None for the recipe's.
 
@@ -87,11 +87,11 @@ def pretraining_settings(
 
 
 def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
-    """Refuse what cannot run here, before data is touched.
+    """Refuse settings that cannot run here, before data is touched.
 
     Args:
         settings: Settings of the run.
-        is_planned: Whether it is planned only, perhaps for a GPU that is not here.
+        is_planned: Whether the run is only planned, perhaps for a GPU that is not here.
     """
     train, data, encoder = settings.train, settings.data, settings.encoder
     if data.global_batch_size is not None:
@@ -105,10 +105,10 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
         check_backbone(settings, [side for _, side in sides])
     kinds = task_class(settings.task.name).view_kinds
     if isinstance(data.view, TransformSettings):
-        function_of(data.view)  # refuses one that nobody has given
+        function_of(data.view)  # refuses a function that was not given
         if data.resolutions:
             raise ValueError("data.resolutions: a function of your own decides the sizes of its views. Leave it out.")
-    elif settings.data.view.kind in VIEW_SETTINGS and settings.data.view.kind not in kinds:  # others are from outside
+    elif settings.data.view.kind in VIEW_SETTINGS and settings.data.view.kind not in kinds:  # other kinds are plugins
         raise ValueError(
             f"data.view.kind: {settings.data.view.kind} is not for {settings.task.name}. Use {' or '.join(kinds)}."
         )
@@ -159,7 +159,7 @@ def check_data(settings: RunSettings, index: Index | StreamIndex, plan: Plan) ->
 
 
 def look_at_views(settings: RunSettings, index: Index | StreamIndex) -> RunSettings:
-    """The settings with the number and sizes of the views that the user's own function makes; as they are without one.
+    """The settings with the number and sizes of the views that the user's own function makes; unchanged without one.
 
     Raises:
         ValueError: the task takes other views.
@@ -187,12 +187,12 @@ def look_at_views(settings: RunSettings, index: Index | StreamIndex) -> RunSetti
 
 
 def size_notice(settings: RunSettings, location: str, size: tuple[int, int] | None) -> str | None:
-    """That the images are seen at a far smaller or larger size than they have, with the remedy; None if they are not.
+    """A notice, with a remedy, if images are seen far smaller or larger than they are; None otherwise.
 
     Args:
         settings: Settings of the run.
-        location: Where its images lie.
-        size: Their height and width in pixels, the median where they differ; None where it is not known.
+        location: Location of its images.
+        size: Their height and width in pixels, the median if they differ; None if unknown.
     """
     encoder = settings.encoder
     if size is None:
@@ -217,11 +217,11 @@ def size_notice(settings: RunSettings, location: str, size: tuple[int, int] | No
 def resolve_defaults(
     settings: RunSettings, earlier: RunFolder | None, index: Index | StreamIndex, run: RunPlan
 ) -> RunSettings:
-    """The settings with every null resolved for the job; a resumed run keeps what it resolved before.
+    """The settings with every null resolved for the job; a resumed run keeps the values it resolved before.
 
     Args:
-        settings: As requested.
-        earlier: The folder of the run that goes on, if one does.
+        settings: Settings as requested.
+        earlier: The folder of the resumed run; None for a new run.
         index: The data set.
         run: Steps and batch sizes.
     """
@@ -232,7 +232,7 @@ def resolve_defaults(
     optim = settings.optim.fitted(run.steps_per_epoch, run.total_steps, base_lr)
     data = replace(settings.data, global_batch_size=run.global_batch_size, fit_batch=False, fit_normalization=False)
     encoder = settings.encoder
-    if settings.data.fit_normalization and len(index.mean) == encoder.channels:  # a stream knows none
+    if settings.data.fit_normalization and len(index.mean) == encoder.channels:  # a stream has no statistics
         encoder = replace(encoder, mean=list(index.mean), std=[std or 1.0 for std in index.std])  # 0: constant
     fitted = replace(settings, task=task, optim=optim, data=data, encoder=encoder)
     if data.global_batch_size != settings.data.global_batch_size:
@@ -252,13 +252,13 @@ def resolve_defaults(
 def describe_resolved(
     requested: RunSettings, settings: RunSettings, run: RunPlan, notes: dict[str, str] | None = None
 ) -> list[str]:
-    """What was null or did not fit and is resolved now, as "task.out_dim 256".
+    """Settings that were null or did not fit, as resolved now: "task.out_dim 256".
 
     Args:
         requested: Settings as requested.
         settings: Settings as resolved.
         run: Steps and batch sizes.
-        notes: What else is to be said of some keys.
+        notes: Further notes, by key.
     """
     before, after = by_dotted_key(asdict(requested)), by_dotted_key(asdict(settings))
     found = []

@@ -23,14 +23,14 @@ from sslvit.train.callbacks.incidents import from_tensors
 
 
 def replay(folder: str | Path) -> list[str]:
-    """What happens in the step of an incident, in words, one line each.
+    """Repeat the step of an incident, and describe what happens in it, one line each.
 
     Args:
         folder: incident/ of a run.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it is not whole.
+        FileNotFoundError: there is no incident.
+        ValueError: its files are damaged.
     """
     folder = Path(folder)
     if not (folder / "incident.json").is_file():
@@ -55,19 +55,19 @@ def replay(folder: str | Path) -> list[str]:
 
 
 def read_batch(file: Path) -> Batch:
-    """A micro-batch that an incident has kept."""
+    """A micro-batch saved in an incident."""
     with safe_open(file, "pt") as content:
         first_row = int((content.metadata() or {}).get("first_row", 0))
     return from_tensors(load_file(file), first_row)
 
 
 def named(names: list[str]) -> str:
-    """Some of the names, and how many there are."""
+    """The first names, and how many there are."""
     return f"{', '.join(names[:4])} ({len(names)} in all)"
 
 
 def batch_in_words(task: Task, batch: Batch, step: int) -> list[str]:
-    """One micro-batch: its images, its loss, the first part whose output is not finite, gradients, anomalies."""
+    """Describe a micro-batch: its images, loss, first module whose output is not finite, gradients and anomalies."""
     said = []
     for number, view in enumerate(batch.views):
         rows = [int(row) for row in torch.nonzero(~view.isfinite().flatten(1).all(1))[:, 0]]

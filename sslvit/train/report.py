@@ -1,4 +1,4 @@
-"""What a run was and what came of it, as one self-contained page; of several runs side by side."""
+"""A self-contained page on a run and its results, or on several runs side by side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sslvit.train.folder import RunFolder
 from sslvit.train.report_sections import SECTIONS, RunFiles
 
 KIND = "report"  # of page
-# what reading the files of a run may raise, which may be damaged, another program's or a user's own
+# errors of reading the files of a run, which may be damaged, or written by another program or the user
 DAMAGED = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, OSError)
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Report(Result):
         return str(self.path)
 
     def text(self) -> str:
-        """Where the page is."""
+        """The path of the page."""
         return str(self.path)
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Report(Result):
         return {"path": str(self.path), "runs": [str(run) for run in self.runs]}
 
     def _repr_html_(self) -> str:
-        """The page itself, in a frame in which it cannot touch the notebook."""
+        """The page itself, in a sandboxed frame that cannot touch the notebook."""
         content = html.escape(self.path.read_text())
         return f'<iframe sandbox="allow-scripts" srcdoc="{content}" style="width:100%;height:40rem"></iframe>'
 
@@ -60,8 +60,8 @@ def report(
 
     Args:
         runs: Run folder, or several, whose curves are plotted together.
-        output: HTML file; None for report.html in the run's folder, or in this one for several runs. An earlier page
-            of this function is replaced, and no other file.
+        output: HTML file; None for report.html in the run's folder, or in the current one for several runs. Only an
+            earlier page of this function is replaced.
 
     Returns:
         The page.
@@ -94,12 +94,12 @@ def report(
 
 
 def write_report(folders: Sequence[RunFolder], path: Path | None = None, state: str | None = None) -> Report:
-    """Write the page of one run, or of several; what cannot be read of a run is said on the page.
+    """Write the page of one run, or of several; the page lists what could not be read.
 
     Args:
         folders: The runs.
         path: HTML file; None for report.html in the folder of the first.
-        state: What is said of their state; None for what their folders tell, in which an ending run still runs.
+        state: State to show; None for that in their folders, where a run that is just ending still counts as running.
 
     Raises:
         WriteError: The page cannot be written.
@@ -123,7 +123,7 @@ def write_report(folders: Sequence[RunFolder], path: Path | None = None, state: 
 
 
 def write_own_report(folder: RunFolder, state: str | None = None) -> Path | None:
-    """Write the page of a run that goes on or has just ended, which does not fail for it; None where there is none."""
+    """Write the page of a run that is training or has just ended, without ever failing it; None if that failed."""
     try:
         if folder.page.exists() and not is_page(folder.page, KIND):
             raise ValueError("a file of that name is there, and sslvit report did not write it")
@@ -134,7 +134,7 @@ def write_own_report(folder: RunFolder, state: str | None = None) -> Path | None
 
 
 def _names(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
-    """A short name for each run: the end of its path that tells it from the others."""
+    """A short name for each run: the end of its path that distinguishes it from the others."""
     paths = [folder.path.resolve().parts for folder in folders]
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(names_of_path[-length:]) for names_of_path in paths]

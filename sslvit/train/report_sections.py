@@ -1,6 +1,6 @@
 """The sections of a run's page: what ran, scores, curves, pictures, time, data, exports and settings.
 
-Each takes the files of runs by name and gives parts of a page; none where no run has anything of it.
+Each section takes the files of runs by name and returns parts of a page; none if no run has content for it.
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ MAX_REASONS = 10
 
 
 class RunFiles:
-    """What the files of a run hold, each read once.
+    """The content of a run's files, each read once.
 
     Args:
-        folder: Its folder.
-        state: What takes the place of what they tell of its state; None for nothing.
+        folder: Folder of the run.
+        state: State to show instead of the one in the files; None to show that.
 
     Attributes:
-        config: Its settings.
-        summary: What `sslvit runs` lists of it.
+        config: Settings of the run.
+        summary: Its entry in `sslvit runs`.
         history: Metric -> one number for each logged step, NaN where there is none.
     """
 
     def __init__(self, folder: RunFolder, state: str | None) -> None:
         self.folder, self.config, summary = folder, folder.read_config(), summarize(folder)
         self.summary = replace(summary, state=state or summary.state)
-        by_dotted_key(self.config)  # which refuses keys that are no text
+        by_dotted_key(self.config)  # refuses keys that are not text
         columns: dict[str, list[float]] = {}
         lines = folder.read_metrics()
         for number, line in enumerate(lines):
@@ -130,7 +130,7 @@ def _duration(hours: float) -> str:
 
 
 def settings(named: Named) -> list[str]:
-    """Settings that differ from the defaults; of several runs, those in which they differ stand out."""
+    """Settings that differ from the defaults; those in which several runs differ are highlighted."""
     of_runs = {name: by_dotted_key(files.config) for name, files in named.items()}
     defaults = [_defaults(files.config) for files in named.values()]
     keys = list(dict.fromkeys(key for settings in of_runs.values() for key in settings))
@@ -155,7 +155,7 @@ def settings(named: Named) -> list[str]:
 
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a run of the same task and view about which nothing was said."""
+    """Default settings of a run with the same task and view."""
     said = {key: value_in(config, key) for key in ("task.name", "data.view.kind")}
     known = {key: value for key, value in said.items() if isinstance(value, str)}
     try:
@@ -243,7 +243,7 @@ def ledgers(named: Named) -> list[str]:
 
 
 def exports(named: Named) -> list[str]:
-    """Verdicts of exports that lie in the run folders."""
+    """Verdicts of the exports in the run folders."""
     made = []
     for name, files in named.items():
         path = files.folder.path

@@ -1,4 +1,4 @@
-"""What a resumed run keeps of its beginning, and what it refuses to change."""
+"""Settings that a resumed run keeps from its start, and settings that it refuses to change."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sslvit.train.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-# what a run that goes on keeps, besides the shapes of its weights and the identity of its data, which are compared with
-# the checkpoint: (key, tasks that it is fixed for or None for all, why)
+# settings that a resumed run must keep: (key, tasks for which it is fixed or None for all, why); the shapes of its
+# weights and the identity of its data are compared with the checkpoint
 FIXED = [
     ("task.name", None, "the checkpoint holds the weights of one task"),
     ("seed", None, "masks, crops and the order of the data follow from it"),
@@ -45,7 +45,7 @@ FIXED = [
 
 
 def keep_resolved(settings: RunSettings, earlier: RunFolder) -> RunSettings:
-    """The settings of a run that goes on, with the batch and the length that were chosen for it before."""
+    """The settings of a resumed run, with the batch size and the length that were chosen for it before."""
     before = by_dotted_key(earlier.read_config())
     batch, epochs = before.get("data.global_batch_size"), before.get("train.epochs")
     if settings.data.global_batch_size is None and batch is not None:
@@ -64,10 +64,10 @@ def keep_resolved(settings: RunSettings, earlier: RunFolder) -> RunSettings:
 
 
 def keep_start(settings: RunSettings, earlier: RunFolder) -> RunSettings:
-    """The settings of a run that goes on, with the encoder that it once started from.
+    """The settings of a resumed run, with the encoder that it was initialized from.
 
     Raises:
-        ValueError: another one is given.
+        ValueError: another encoder is given.
     """
     before = earlier.read_config().get("init")
     if settings.init and (not before or os.path.realpath(settings.init) != os.path.realpath(before)):
@@ -79,14 +79,14 @@ def keep_start(settings: RunSettings, earlier: RunFolder) -> RunSettings:
 
 
 def check_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Refuse settings that a run cannot change on its way.
+    """Refuse settings that a resumed run cannot change.
 
     Args:
         old: Settings of the run so far, by dotted key.
-        new: those that it would go on with.
+        new: Settings that it would be resumed with.
 
     Raises:
-        ValueError: some are such; the message names them all, each with its reason.
+        ValueError: such settings have changed; the message names them all, each with its reason.
     """
     refused = [
         f"{key} was {brief(old[key])} and cannot become {brief(new[key])}, since {reason}"
@@ -109,8 +109,8 @@ def check_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
 def check_resumed(
     folder: RunFolder, checkpoint: Path, settings: RunSettings, data: ShardDataModule, task: Task
 ) -> None:
-    """A resumed run must train the same encoder on the same data in the same order; other changes are said."""
-    content = read_checkpoint(checkpoint, mmap=True, map_location="meta")  # shapes, and no values
+    """Check that a resumed run trains the same encoder on the same data in the same order; log other changes."""
+    content = read_checkpoint(checkpoint, mmap=True, map_location="meta")  # shapes without values
     try:
         trained, position = content["sslvit"]["encoder"], content[ShardDataModule.__qualname__]
         shapes = {key: value.shape for key, value in content["state_dict"].items()}

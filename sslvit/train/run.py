@@ -61,14 +61,14 @@ def pretrain(
     callbacks: Sequence[pl.Callback] = (),
     loggers: Sequence[Logger] = (),
 ) -> RunFolder:
-    """Pretrain an encoder and leave all that the run made in settings.out.
+    """Pretrain an encoder, and write all results to settings.out.
 
     Args:
-        settings: what runs.
-        resume: go on from the folder's newest whole checkpoint; at step 0 where the run ended before it wrote one.
-        overwrite: delete an earlier run in the folder first.
-        callbacks: Further callbacks, which act after the run's own.
-        loggers: others, beside those that the settings ask for.
+        settings: Settings of the run.
+        resume: Continue from the folder's newest intact checkpoint, or from step 0 if the run ended before its first.
+        overwrite: Delete an earlier run in the folder first.
+        callbacks: Further callbacks, which act after the records of a step and before its checkpoint.
+        loggers: Loggers in addition to those in the settings.
 
     Raises:
         ValueError: settings that cannot work together, or a folder that is in use; before any work is done.
@@ -114,7 +114,7 @@ def _pretrain(
         length = timed.pace_text()
     else:
         train, length = fit_length(settings, len(index), classes, plan.steps_per_epoch, plan.global_batch_size)
-    pl.seed_everything(settings.seed, verbose=False)  # after the steps that a budget has timed
+    pl.seed_everything(settings.seed, verbose=False)  # after timing steps for a budget
     settings = shortened(replace(settings, train=train), plan)
     run = RunPlan.make(settings.train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
     settings = resolve_defaults(settings, folder if goes_on else None, index, run)
@@ -124,7 +124,7 @@ def _pretrain(
     if start is not None:
         task.start_from(start, str(settings.init))
     if train.precision == "float64":
-        task.double()  # before a checkpoint is loaded, which would otherwise pass through float32
+        task.double()  # before a checkpoint is loaded, which would otherwise be rounded to float32
     if checkpoint is not None:
         check_resumed(folder, checkpoint, settings, data, task)
     if (mode := compile_mode(train)) is not None:
@@ -132,7 +132,7 @@ def _pretrain(
     trainer = make_trainer(settings, folder, data, callbacks)
     if is_first:
         folder.start(asdict(settings), goes_on)
-        # the loggers are told all at once, and MLflow takes no parameter twice
+        # loggers get all parameters at once, since MLflow accepts none twice
         task.save_hyperparameters(dict(task.hparams), logger=False)
         trainer.loggers = make_loggers(settings, folder, index, loggers)
         _announce(settings, data, task, trainer)
@@ -149,10 +149,10 @@ def _pretrain(
         try:
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             undo_compilation(task)
-            task = task.gather_full_copy()  # together: each rank may hold a shard of it
+            task = task.gather_full_copy()  # on all ranks, since each may hold a shard of it
         except Preempted:
             if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-                trainer.strategy.launcher.kill(signal.SIGTERM)  # other ranks, which may still wait for the first step
+                trainer.strategy.launcher.kill(signal.SIGTERM)  # other ranks may still wait for the first step
             raise
         except RuntimeError as error:
             if not is_peer_failure(error, trainer.world_size):
@@ -162,7 +162,7 @@ def _pretrain(
                 f"answer for {train.timeout_seconds:g} s (train.timeout_seconds). See what it said, and whether the "
                 f"network stands{_resume_hint(folder)} ({str(error).splitlines()[0][:120]})"
             ) from error
-        except SystemExit as error:  # Lightning's answer to Ctrl-C
+        except SystemExit as error:  # raised by Lightning after Ctrl-C
             raise KeyboardInterrupt(
                 f"interrupted at step {trainer.global_step} of {run.total_steps}, which is not kept"
                 f"{_resume_hint(folder) or ': there is no checkpoint yet'}"
@@ -184,7 +184,7 @@ def _pretrain(
 
 
 def shortened(settings: RunSettings, plan: Plan) -> RunSettings:
-    """The settings of a run whose length $SSLVIT_MAX_STEPS may limit."""
+    """The settings of a run, with its length limited by $SSLVIT_MAX_STEPS if that is set."""
     steps = RunPlan.make(settings.train, plan.steps_per_epoch, plan.global_batch_size, settings.seed).total_steps
     limited = limited_steps(steps, "this run")
     return settings if limited == steps else replace(settings, train=replace(settings.train, steps=limited))
@@ -220,7 +220,7 @@ def _announce(settings: RunSettings, data: ShardDataModule, task: Task, trainer:
 
 
 def _finish(settings: RunSettings, folder: RunFolder, data: ShardDataModule, task: Task, trainer: pl.Trainer) -> None:
-    """Encoder and figures of a run that reached its last step."""
+    """Save the encoder and the figures of a run after its last step."""
     task.eval()
     index = data.index
     provenance = {

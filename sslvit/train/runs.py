@@ -1,4 +1,4 @@
-"""The runs below some folders: what each trains, how far it is, and what came of it. Nothing there is changed."""
+"""The runs below some folders, with their tasks, progress and results. Nothing there is changed."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from sslvit.messages import for_python
 from sslvit.results import Result, decimals, text_table
 from sslvit.train.folder import LOCK, RunFolder, read_json, read_lines
 
-# what is measured on labeled images: key in metrics.jsonl or scores.json -> title of its column
+# scores on labeled images: key in metrics.jsonl or scores.json -> title of its column
 SCORES = {"probe/linear": "linear", "probe/knn": "kNN", "val/top1": "top-1"}
 MAX_LISTED = 10  # damaged folders in a table
 
 
 @dataclass
 class RunSummary:
-    """One run in a few values; None for what its files do not tell.
+    """One run in a few values; None for values that its files do not contain.
 
     Args:
         path: Run folder.
-        state: finished, running (a process has the folder) or stopped.
+        state: finished, running (a process has locked the folder) or stopped.
         task: Name of the training task.
         data: Training data.
         width: Width of the encoder.
@@ -58,7 +58,7 @@ class RunSummary:
 
 @dataclass(repr=False)
 class RunList(Result):
-    """Runs beside each other.
+    """Runs side by side.
 
     Args:
         found: The runs, in the order of their paths.
@@ -76,7 +76,7 @@ class RunList(Result):
 
     @property
     def score_names(self) -> list[str]:
-        """Titles of the scores that a run has."""
+        """Titles of the scores that any of the runs has."""
         return [name for name in SCORES.values() if any(name in run.scores for run in self.found)]
 
     def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
@@ -94,7 +94,7 @@ class RunList(Result):
         ]  # fmt: skip
 
     def text(self) -> str:
-        """The table, and below it what could not be read."""
+        """The table, and below it the runs that could not be read."""
         lines = [text_table(*self.cells())] if self.found else ["no runs there"]
         if self.found:
             lines.append("encoder: width x depth; scores in percent on labeled images" if self.score_names else
@@ -124,10 +124,10 @@ def runs(folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> 
     """List the runs below folders, each with its task, length, loss, scores, health and state.
 
     Args:
-        folders: Folder that is searched at any depth, or several; a run folder itself is one, too.
+        folders: Folder to search at any depth, or several; a run folder itself counts, too.
 
     Returns:
-        The runs, which show themselves as a table.
+        The runs, which print as a table.
 
     Raises:
         FileNotFoundError: No such folder.
@@ -143,7 +143,7 @@ def runs(folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> 
 
 
 def list_runs(paths: Iterable[Path]) -> RunList:
-    """The runs in some folders, in their order; what is wrong with one does not keep the others from being listed."""
+    """Summaries of some run folders, in their order; a damaged one does not keep the others from being listed."""
     summaries: list[RunSummary] = []
     damaged: dict[str, str] = {}
     for path in paths:
@@ -155,11 +155,11 @@ def list_runs(paths: Iterable[Path]) -> RunList:
 
 
 def find_runs(folders: Sequence[Path], unreadable: dict[str, str]) -> Iterator[Path]:
-    """Every run folder below some folders, once, also behind links; what lies inside a run is not looked at.
+    """Every run folder below some folders, once, also behind links; run folders themselves are not searched.
 
     Args:
-        folders: Where to look.
-        unreadable: Takes each folder that cannot be read -> why.
+        folders: Folders to search.
+        unreadable: Receives each folder that cannot be read -> why.
 
     Raises:
         FileNotFoundError: No such folder.
@@ -174,7 +174,7 @@ def find_runs(folders: Sequence[Path], unreadable: dict[str, str]) -> Iterator[P
             raise FileNotFoundError(f"{printable(top)}: no such folder. Give one with runs below it.")
         for name, inside, files in os.walk(top, followlinks=True, onerror=note):
             path = Path(name)
-            if path.resolve() in seen:  # by another link, which may lead in a circle
+            if path.resolve() in seen:  # through another link, perhaps in a cycle
                 inside.clear()
                 continue
             seen.add(path.resolve())
@@ -192,16 +192,16 @@ def find_runs(folders: Sequence[Path], unreadable: dict[str, str]) -> Iterator[P
 
 
 def has_begun(folder: RunFolder) -> bool:
-    """Whether there are settings of a run, or a process that opens its data before it writes them."""
+    """Whether there are settings of a run, or a process that is still opening the run's data."""
     return folder.config.exists() or is_locked(folder.path / LOCK)
 
 
 def summarize(folder: RunFolder) -> RunSummary:
-    """What the files of a run tell.
+    """Summarize a run from its files.
 
     Raises:
         OSError: A file cannot be read.
-        ValueError: Its config.yaml is damaged, or a value in its files is of another kind; the message names it.
+        ValueError: Its config.yaml is damaged, or a value in its files has a wrong type; the message names it.
     """
     config = folder.read_config() if folder.config.exists() else {}
     mixture = value_in(config, "data.mixture")
@@ -228,7 +228,7 @@ def summarize(folder: RunFolder) -> RunSummary:
 
 
 def _total_steps(config: Mapping[str, Any], last: Mapping[str, Any], folder: RunFolder) -> int | None:
-    """Number of optimizer steps of a whole run; None while neither its settings nor its metrics tell."""
+    """Number of optimizer steps of a whole run; None if its settings and metrics do not tell."""
     steps, epochs = (_number_in(config, key, folder.config) for key in ("train.steps", "train.epochs"))
     if steps is not None:
         return int(steps)
@@ -242,28 +242,28 @@ def _total_steps(config: Mapping[str, Any], last: Mapping[str, Any], folder: Run
 
 
 def _metric(line: Mapping[str, Any], key: str, file: Path) -> float:
-    """A number of a line of metrics.jsonl; a null there was not finite."""
+    """A number in a line of metrics.jsonl; null stands for one that was not finite."""
     value = _number_in(line, key, file)
     return math.nan if value is None else value
 
 
 def value_in(values: Any, key: str) -> Any:
-    """The value under a dotted key; None where there is no such key, or no section above it."""
+    """The value under a dotted key; None if there is no such key, or no section above it."""
     for name in key.split("."):
         values = values.get(name) if isinstance(values, dict) else None
     return values
 
 
 def _number_in(values: Mapping[str, Any], key: str, file: Path) -> float | None:
-    """The finite number under a key; None where there is null, or no such key.
+    """The finite number under a key; None for null or a missing key.
 
     Args:
-        values: What a file holds.
+        values: Content of the file.
         key: The dotted key.
         file: The file, for the message.
 
     Raises:
-        ValueError: Something else stands there.
+        ValueError: The value is something else.
     """
     value = value_in(values, key)
     if value is None:
@@ -278,7 +278,7 @@ def _number_in(values: Mapping[str, Any], key: str, file: Path) -> float | None:
 
 
 def _text_in(values: Mapping[str, Any], key: str, file: Path) -> str | None:
-    """The text under a key; arguments and errors as those of `_number_in`."""
+    """The text under a key; arguments and errors as for `_number_in`."""
     value = value_in(values, key)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{printable(file)}: {key}: expected text, not {quoted(value)}.")

@@ -1,6 +1,6 @@
-"""How the ranks of a run share its work: every rank holds all weights (DDP), or each a part of them (FSDP2).
+"""How the ranks of a run share its work: each holds all weights (DDP), or a part of them (FSDP2).
 
-Either way one step is the same to rounding, and a checkpoint of one is a checkpoint of the other.
+A step of either is the same up to rounding, and each can load the checkpoints of the other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.hardware import trains_on_gpu
 from sslvit.train.timing import Clock
 
-# what an exchange between ranks says when another one is gone, and when the fault is here
+# messages of a failed exchange between ranks if another rank is gone, and if the fault is on this one
 PEER_ERRORS = (
     r"(?i)connection (was )?(closed|reset|refused)|timed? ?out|broken pipe|no route|unreachable|remote process|socket"
 )
@@ -41,13 +41,13 @@ def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy:
 
     Args:
         settings: Settings of the run.
-        clock: is told when gradients are ready to be exchanged.
+        clock: Notes when gradients are ready to be exchanged.
     """
     timeout = timedelta(seconds=settings.timeout_seconds)
     if settings.strategy == "fsdp":
         return Sharded(timeout=timeout)
     # gradients are views of the buckets that the ranks exchange: one copy of them instead of two
-    # on GPUs buffers stay alike without an exchange per step: running statistics are those of all ranks
+    # on GPUs buffers stay equal without an exchange per step: running statistics are those of all ranks
     return Replicated(
         timeout=timeout, ddp_comm_hook=clock.mark_gradients, gradient_as_bucket_view=True,
         broadcast_buffers=not trains_on_gpu(settings),
@@ -55,19 +55,19 @@ def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy:
 
 
 class _RanksStrategy(DDPStrategy):
-    """What both ways share: a lost rank ends in our own message, and not in an abort by NCCL's watchdog.
+    """What both strategies share: a lost rank leads to our own message, and not to an abort by NCCL's watchdog.
 
-    The exchange of callbacks/peers.py is done over gloo, and has to speak first.
+    The exchange of callbacks/peers.py uses gloo, and must time out before NCCL does.
     """
 
     def setup_distributed(self) -> None:
-        """Let NCCL wait for longer than that exchange does."""
+        """Give NCCL a longer timeout than that exchange has."""
         super().setup_distributed()
         if distributed.get_backend() == "nccl" and self._timeout is not None:
             cast(distributed.ProcessGroup, distributed.group.WORLD).set_timeout(NCCL_PATIENCE * self._timeout)
 
     def on_exception(self, exception: BaseException) -> None:
-        """End NCCL's kernels when a rank is lost: they wait for it, and all that is torn down waits for them."""
+        """Abort NCCL's kernels when a rank is lost: they wait for it, and the teardown would wait for them."""
         is_lost = isinstance(exception, RankLost) or is_peer_failure(exception, self.world_size)
         if is_lost and distributed.is_initialized() and distributed.get_backend() == "nccl":
             cast(distributed.ProcessGroup, distributed.group.WORLD).abort()
@@ -75,10 +75,10 @@ class _RanksStrategy(DDPStrategy):
 
 
 class Replicated(_RanksStrategy):
-    """Every rank holds all weights and moves them alike; gradients are averaged while the backward pass goes on."""
+    """Every rank holds all weights and updates them alike; gradients are averaged during the backward pass."""
 
     def _register_ddp_hooks(self) -> None:
-        """Lightning registers them on GPUs only."""
+        """Register the hook on CPUs, too; Lightning does so on GPUs only."""
         assert isinstance(self.model, DistributedDataParallel)
         self.model.register_comm_hook(None, cast(Any, self._ddp_comm_hook))
 
@@ -86,16 +86,16 @@ class Replicated(_RanksStrategy):
 class Sharded(_RanksStrategy):
     """Each rank holds a part of every weight, gradient and moment (fully_shard; Zhao et al. 2023).
 
-    A block's weights are gathered when it runs and let go again. Each rank writes its shard of a checkpoint, and the
+    A block's weights are gathered when it runs, and freed again. Each rank writes its shard of a checkpoint, and the
     first one the manifest that names them (sharded_checkpoint.py).
     """
 
     def model_to_device(self) -> None:
-        """Nothing yet: the whole model might not fit, so blocks move one by one as they are sharded."""
+        """Do nothing yet: the whole model might not fit, so blocks move one by one as they are sharded."""
 
     def _setup_model(self, model: nn.Module) -> Any:
         shard(cast(pl.LightningModule, model), self.root_device.type, self.precision_plugin.precision == "bf16-mixed")
-        return model.to(self.root_device)  # what is no weight
+        return model.to(self.root_device)  # everything that is not a weight
 
     def _register_ddp_hooks(self) -> None:
         pass
@@ -111,7 +111,7 @@ class Sharded(_RanksStrategy):
         io.save_shard(manifest, shards, Path(filepath), name, self.global_rank, self.world_size)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """The state of whole weights; each rank keeps its part."""
+        """Load the state of whole weights; each rank keeps its shard."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for number, values in state["state"].items():
@@ -122,12 +122,12 @@ class Sharded(_RanksStrategy):
             optimizer.load_state_dict(state)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Let no writer wait for the shards of other ranks."""
+        """Stop writers from waiting for the shards of other ranks."""
         cast(AtomicCheckpointIO, self.checkpoint_io).aborted.set()
         super().on_exception(exception)
 
     def teardown(self) -> None:
-        """Weights stay where they are: the run is still to be finished from them."""
+        """Leave the weights where they are, since the run is still to be finished with them."""
         for plugin in (self.cluster_environment, self.precision_plugin, self.accelerator):
             if plugin is not None:
                 plugin.teardown()
@@ -135,20 +135,20 @@ class Sharded(_RanksStrategy):
 
 
 def is_peer_failure(error: BaseException, ranks: int) -> bool:
-    """Whether an error says that another rank no longer answers, and not that something is wrong here."""
+    """Whether an error says that another rank no longer answers, and not that this one has failed."""
     said = str(error)
     is_exchange = isinstance(error, distributed.DistError) or "gloo/transport" in said or "Gloo connect" in said
     return ranks > 1 and is_exchange and bool(re.search(PEER_ERRORS, said)) and not re.search(LOCAL_ERRORS, said)
 
 
 def shard(task: pl.LightningModule, device: str, is_bf16: bool = False) -> None:
-    """Spread the weights of a task over all ranks, block by block, then what is left of each of its networks.
+    """Shard the weights of a task over all ranks, block by block, then the rest of each of its networks.
 
     Args:
         task: The task.
         device: Type of device that the ranks compute on.
-        is_bf16: Gather the weights of blocks in bf16, in which autocast would compute with copies of them. Gradients
-            are reduced in float32, and what is outside of blocks stays in it: embeddings, the last norm, heads, and
+        is_bf16: Gather the weights of blocks in bf16, to which autocast would cast them anyway. Gradients are reduced
+            in float32, and everything outside of blocks stays in float32: embeddings, the last norm, heads, and
             DINO's prototypes, whose cosines need it.
 
     Raises:

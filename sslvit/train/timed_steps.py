@@ -1,4 +1,4 @@
-"""Some real steps of a run, timed before it; and how many of them a given time allows."""
+"""Times some real steps before a run, and tells how many steps fit into a given time."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ from sslvit.train.trainer import make_trainer, silence_needless_warnings
 
 logger = logging.getLogger(__name__)
 
-LEFT_OUT = 2  # steps at the beginning
+LEFT_OUT = 2  # steps at the beginning that are not timed
 FEWEST, MOST = 8, 500  # steps that are timed for a budget
 SHARE = 0.02  # of a budget that timing its steps may take
 
 
 @dataclass
 class TimedSteps:
-    """Real steps on this machine.
+    """Timings of real steps on this machine.
 
     Args:
         steps: Number of steps.
         batch: Images in each of them.
         seconds_per_step: Mean time from the end of one step to that of the next, with all that happens between them.
-        waiting: Fraction of the time in which training waited for images; None where no line of metrics tells.
-        memory: Most bytes: on a GPU those of tensors, on a CPU those of the whole process.
+        waiting: Fraction of the time in which training waited for images; None if no line of metrics tells.
+        memory: Peak bytes: of tensors on a GPU, of the whole process on a CPU.
         device: Type of the device.
     """
 
@@ -65,7 +65,7 @@ class TimedSteps:
         return self.batch / self.seconds_per_step
 
     def to_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """The timings as plain values."""
         return asdict(self) | {"images_per_second": self.images_per_second}
 
     def pace_text(self) -> str:
@@ -83,13 +83,13 @@ class TimedSteps:
 
 
 class Ends(StepCallback):
-    """Moments at which steps ended."""
+    """Records the time at which each step ends."""
 
     def __init__(self) -> None:
         self.timestamps: list[float] = []
 
     def on_step(self, trainer: pl.Trainer, module: Any) -> None:
-        """Note the moment."""
+        """Record the time."""
         if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)
         self.timestamps.append(perf_counter())
@@ -98,19 +98,19 @@ class Ends(StepCallback):
 def fit_budget(
     settings: RunSettings, images: int, classes: int | None, steps_per_epoch: int, global_batch_size: int
 ) -> tuple[TrainSettings, TimedSteps]:
-    """The settings with the number of steps that `train.budget` allows on this machine, and the steps that tell.
+    """The settings with the number of steps that `train.budget` allows on this machine, and the timings behind it.
 
-    Steps of the very run are timed for about a fiftieth of the budget, in a task and a Trainer of their own.
+    Steps of this run are timed for about a fiftieth of the budget, in a separate task and Trainer.
 
     Args:
         settings: Settings of the run, without a number of steps.
         images: Number of images in the data set.
-        classes: Number of its classes, where it has labels.
+        classes: Number of its classes, if it has labels.
         steps_per_epoch: Optimizer steps in one pass over the data.
         global_batch_size: Images per step.
 
     Raises:
-        ValueError: Several ranks, whose steps one process cannot time.
+        ValueError: There are several ranks, whose steps one process cannot time.
     """
     train = settings.train
     assert train.budget is not None
@@ -128,9 +128,9 @@ def fit_budget(
 
 
 def time_run(settings: RunSettings, run: RunPlan, steps: int, log_every: int = 1) -> TimedSteps:
-    """Steps as a run takes them on the average; where its resolutions come in turn, some of each are timed.
+    """Time the average step of a run; if its resolution changes, some steps of each resolution are timed.
 
-    Arguments are those of `time_steps`; each resolution gets its share of the steps.
+    Arguments are as for `time_steps`; each resolution gets its share of the steps.
     """
     data = settings.data
     if data.resolution_fractions is None:
@@ -150,13 +150,13 @@ def time_run(settings: RunSettings, run: RunPlan, steps: int, log_every: int = 1
 
 
 def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int = 1) -> TimedSteps:
-    """Train some steps of a run on one device of this machine, with its own loader; nothing of them is kept.
+    """Train some steps of a run on one device of this machine, with its own loader; nothing is kept.
 
     Args:
         settings: Settings of the run; a folder of images is packed into the cache as for a run.
-        run: How large a step and its micro-batches are.
-        steps: Number of steps, beside two before them and one behind them that are not counted: memory is taken and
-            kernels are chosen in the first ones, and the last writes a checkpoint.
+        run: Sizes of a step and of its micro-batches.
+        steps: Number of timed steps. Two more before them are not timed, since memory is allocated and kernels are
+            chosen there, nor is one after them, which writes a checkpoint.
         log_every: Steps between two lines of metrics.
     """
     batch, total = run.global_batch_size, LEFT_OUT + steps + 1
@@ -188,9 +188,9 @@ def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int =
             silence_needless_warnings()
             try:
                 trainer.fit(task, datamodule=module)
-            except (Preempted, SystemExit) as error:  # whose message names a folder that will be gone
+            except (Preempted, SystemExit) as error:  # the message names a temporary folder
                 again = "stopped while steps were timed, before the first one of a run: give the same command again"
-                # SystemExit is Lightning's answer to Ctrl-C
+                # Lightning raises SystemExit after Ctrl-C
                 kind = type(error) if isinstance(error, Preempted) else KeyboardInterrupt
                 raise kind(again) from error
         waited = [line["time/data"] for line in run_folder.read_metrics()][LEFT_OUT:-1]
@@ -203,10 +203,10 @@ def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int =
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """What a run says of its health or its pace means nothing after a few steps."""
+    """Mute messages on a run's health and pace, which mean nothing after a few steps."""
     ours, progress = logging.getLogger("sslvit"), logging.getLogger("sslvit.progress")
     level = ours.level
-    progress.setLevel(level)  # how far it is is said all the same
+    progress.setLevel(level)  # progress is still shown
     ours.setLevel(logging.ERROR)
     try:
         yield

@@ -1,6 +1,6 @@
 """Where the time of a step goes: data, forward, backward, communication, optimizer.
 
-On a GPU the moments are events in its stream, read when a line of metrics.jsonl is due, so no step waits for them.
+On a GPU the timestamps are events in its stream, read when a line of metrics.jsonl is due, so no step waits for them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ PHASES = ("data", "forward", "backward", "communication", "optimizer")
 
 
 class Clock(pl.Callback):
-    """Moments of a run, each named by what has just ended.
+    """Timestamps of a run, each named after the phase that has just ended.
 
-    It is the first of the callbacks, so that what others do is not the optimizer's; `WaitForData` is the last.
+    It is the first callback, so that the time of the others is not counted as the optimizer's; `WaitForData` is the
+    last.
     """
 
     def __init__(self) -> None:
@@ -32,14 +33,14 @@ class Clock(pl.Callback):
         self.is_exchanging = False  # gradients are complete here, and the ranks exchange the last of them
 
     def mark(self, ended: str) -> None:
-        """Note that a part of the step has just ended."""
+        """Note that a phase of the step has just ended."""
         now: Any = time.perf_counter()
         if self.is_gpu:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
         self.timestamps.append((ended, now))
         if len(self.timestamps) > MAX_TIMESTAMPS:
-            self._add_up(MAX_TIMESTAMPS // 2)  # long past, so nothing is waited for
+            self._add_up(MAX_TIMESTAMPS // 2)  # long past, so this does not wait
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -47,7 +48,7 @@ class Clock(pl.Callback):
         self.mark("start")
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """The batch is here."""
+        """The batch has arrived."""
         self.mark("data")
 
     def on_before_backward(self, *_: Any) -> None:
@@ -63,7 +64,7 @@ class Clock(pl.Callback):
         """The optimizer has moved the weights."""
         self.mark("optimizer")
 
-    # torch compares annotations with its types, and here they would be strings
+    # no annotations: torch compares them with its types, and here they would be strings
     def mark_gradients(self, state, bucket):  # type: ignore[no-untyped-def]
         """Averages gradients over ranks as DDP does, and notes when the last of them are ready to be sent.
 
@@ -75,14 +76,14 @@ class Clock(pl.Callback):
         return allreduce_hook(distributed.group.WORLD, bucket)  # type: ignore[arg-type]  # there is a group by now
 
     def pop(self) -> dict[str, float]:
-        """Seconds since the last call by what they went into; there may be others."""
+        """Seconds since the last call by phase; time in callbacks is left out."""
         self._add_up(len(self.timestamps))
         taken = {phase: self.seconds[phase] for phase in PHASES}
         self.seconds.clear()
         return taken
 
     def _add_up(self, count: int) -> None:
-        """The oldest moments; the last of them is where the next time begins."""
+        """Add up the oldest timestamps; the last of them begins the next interval."""
         old = self.timestamps[:count]
         if self.is_gpu and old:
             old[-1][1].synchronize()
@@ -92,10 +93,10 @@ class Clock(pl.Callback):
 
 
 class WaitForData(pl.Callback):
-    """The last of the callbacks: from here on the next batch is waited for.
+    """The last callback: the wait for the next batch begins here.
 
     Args:
-        clock: gets the moment.
+        clock: Receives the timestamp.
     """
 
     def __init__(self, clock: Clock) -> None:

@@ -21,13 +21,13 @@ from sslvit.train.hardware import is_slurm_job, precision_of, trains_on_gpu
 from sslvit.train.strategies import make_strategy
 from sslvit.train.timing import Clock
 
-PRECISIONS: dict[str, Any] = {"float32": "32-true", "bf16": "bf16-mixed", "float64": "64-true"}  # as Lightning says
+PRECISIONS: dict[str, Any] = {"float32": "32-true", "bf16": "bf16-mixed", "float64": "64-true"}  # Lightning's names
 
 
 def make_trainer(
     settings: RunSettings, folder: RunFolder, data: ShardDataModule, callbacks: Sequence[pl.Callback] = ()
 ) -> pl.Trainer:
-    """The Trainer of one run: one pass of `total_steps` global batches, our order, our files."""
+    """The Trainer of one run: one pass of `total_steps` global batches, in our order, with our files."""
     train = settings.train
     plugins: list[Any] = [AtomicCheckpointIO(train)]
     clock = Clock()
@@ -51,15 +51,15 @@ def make_trainer(
             sync_batchnorm=trains_on_gpu(train),  # torch has it for GPUs only
             deterministic=train.deterministic or None,
             logger=False,
-            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),  # ours are files
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),  # only a user's own
             enable_progress_bar=False,
             enable_model_summary=False,
             plugins=plugins,
             callbacks=make_callbacks(settings, folder, data, clock, callbacks),
             default_root_dir=folder.path,
         )
-    # On several GPUs Lightning has the host wait for the device before each micro-batch, to learn of SIGTERM; there a
-    # lost rank is waited for without end. Signals are heard by callbacks/peers.py.
+    # On several GPUs, Lightning makes the host wait for the device before each micro-batch to learn of SIGTERM;
+    # after the loss of a rank this wait never ends. callbacks/peers.py handles signals instead.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
     return trainer
 
@@ -69,16 +69,16 @@ def _do_nothing() -> None:
 
 
 def strategy_of(train: TrainSettings, clock: Clock) -> Strategy | str:
-    """How the ranks of a run share its work; one process has nothing to share."""
+    """The strategy by which ranks share the work; "auto" for one process, which has nothing to share."""
     return make_strategy(train, clock) if train.ranks > 1 else "auto"
 
 
 def silence_needless_warnings() -> None:
-    """Leave out warnings of libraries that mean nothing here; inside `warnings.catch_warnings`."""
+    """Ignore warnings of libraries that mean nothing here; to be called inside `warnings.catch_warnings`."""
     for text in (
         ".*dataloader is not resumable.*",  # it is: the position lies in the data module
         ".*does not have many workers.*",
-        ".*DataLoader will create .* worker processes.*",  # more than there are cores, which a run says itself
+        ".*DataLoader will create .* worker processes.*",  # more than there are cores, which the run reports itself
         ".*GPU available but not used.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*Total length of `list` across ranks is zero.*",  # no validation in the loop

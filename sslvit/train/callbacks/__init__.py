@@ -1,4 +1,4 @@
-"""What happens around the steps of a run, in calling order: one list, each with the reason for its place."""
+"""The callbacks of a run in calling order, each with the reason for its place."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def make_callbacks(
     """The callbacks of a run.
 
     Args:
-        settings: What runs.
+        settings: Settings of the run.
         folder: The run's folder.
         data: The training data.
-        clock: Knows where a step's time goes, and is the first of them.
-        others: The user's.
+        clock: Measures where a step's time goes; it becomes the first callback.
+        others: The user's callbacks.
     """
     run, train, index = data.run, settings.train, data.index
     waits_every = (train.log_every, train.checkpoint_every, STEPS_BETWEEN_COUNTS)
@@ -45,18 +45,18 @@ def make_callbacks(
         scoring.append(Validation(settings, settings.task, folder, index, run.total_steps))
     mfu = mfu_per_throughput(settings, index) if train.peak_tflops or trains_on_gpu(train) else None
     return [
-        clock,  # first: what the others take is not the optimizer's time
-        peers,  # before anything waits for the device, which a lost rank would make endless
+        clock,  # first, so that the time of the other callbacks is not counted as the optimizer's
+        peers,  # before any callback waits for the device: after the loss of a rank that wait never ends
         Ledger(
             folder, index, data.plan, settings.data.max_unreadable_fraction, settings.data.ledger
         ),  # may end the run
-        Incidents(folder, index, train.skip_limit),  # may end the run: before anything is said of the step
-        Health(folder, run, train.log_every),  # records measures,
-        *scoring,  # and these scores,
-        RunLog(folder, run, train.log_every, clock, mfu),  # before the line is written,
-        Page(folder, train.log_every),  # which the page shows,
-        *others,  # may stop the run, which a checkpoint then ends
-        Checkpoints(folder, train, run.total_steps),  # which a checkpoint of this step counts on
-        Preemption(peers, folder, run.total_steps),  # after the checkpoint, which it need not write again
-        WaitForData(clock),  # last: from here on the next batch is waited for
+        Incidents(folder, index, train.skip_limit),  # may end the run, so before the step is recorded
+        Health(folder, run, train.log_every),  # records measures for the line of metrics
+        *scoring,  # record scores for the same line
+        RunLog(folder, run, train.log_every, clock, mfu),  # writes the line
+        Page(folder, train.log_every),  # shows the line
+        *others,  # may stop the run, so before the checkpoint of its last step
+        Checkpoints(folder, train, run.total_steps),  # after everything that a checkpoint of this step stores
+        Preemption(peers, folder, run.total_steps),  # after the regular checkpoint, since it leaves the run
+        WaitForData(clock),  # last, since the wait for the next batch begins here
     ]

@@ -1,4 +1,4 @@
-"""What the callbacks share: acting once per optimizer step, means over ranks, and how a checkpoint is asked for."""
+"""What the callbacks share: acting once per optimizer step, means over ranks, and saving a checkpoint."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ class StepCallback(pl.Callback):
         """Called after every optimizer step."""
 
     def before_checkpoint(self, trainer: pl.Trainer) -> None:
-        """Called on all ranks before a checkpoint is written: the place for what ranks have to exchange for it."""
+        """Called on all ranks before a checkpoint is written, to exchange what it will hold."""
 
 
 def save_checkpoint(trainer: pl.Trainer, path: Path, waits: bool = False) -> None:
     """Write a checkpoint of the run; all ranks call it.
 
     Args:
-        trainer: The run's.
-        path: The checkpoint's place.
-        waits: Whether to return only when it is on the disk.
+        trainer: The run's Trainer.
+        path: File of the checkpoint.
+        waits: Whether to return only when the file is on disk.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's property has no type
         if isinstance(callback, StepCallback):
             callback.before_checkpoint(trainer)
-    trainer.save_checkpoint(path, weights_only=False)  # with the optimizer
+    trainer.save_checkpoint(path, weights_only=False)  # includes the optimizer
     io = trainer.strategy.checkpoint_io
     if waits and isinstance(io, AtomicCheckpointIO):
         io.finish()
 
 
 def mean_over_ranks(trainer: pl.Trainer, values: list[Tensor]) -> Tensor:
-    """The mean over micro-batches and ranks; every rank must ask for it."""
+    """The mean over micro-batches and ranks; every rank must call this."""
     mean = torch.stack([value.cpu().double() for value in values]).mean(0)
     if trainer.world_size > 1:
         mean = trainer.strategy.reduce(mean.to(trainer.strategy.root_device), reduce_op="mean").cpu()

@@ -12,11 +12,11 @@ from sslvit.train.folder import RunFolder
 
 
 class Checkpoints(StepCallback):
-    """Writes checkpoints/last.ckpt every so many optimizer steps and after the last one, and keeps some by their step.
+    """Writes checkpoints/last.ckpt every few optimizer steps and after the last one, and keeps some named by step.
 
     Args:
         folder: The run's folder.
-        settings: how often, and which are kept.
+        settings: How often checkpoints are written, and which are kept.
         total_steps: Number of optimizer steps in the run.
     """
 
@@ -24,9 +24,9 @@ class Checkpoints(StepCallback):
         self.folder, self.settings, self.total_steps = folder, settings, total_steps
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Copy what the optimizer has taken over as it was in the checkpoint, which is mapped into memory.
+        """Copy the optimizer state that still lies in the memory-mapped checkpoint.
 
-        It would hold a file that is long replaced, and the room that it takes on the disk, to the end of the run.
+        Otherwise that file, though long replaced, would keep its disk space until the end of the run.
         """
         super().on_train_start(trainer, module)
         for optimizer in trainer.optimizers:
@@ -35,15 +35,15 @@ class Checkpoints(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write a checkpoint when one is due."""
-        is_last = self.step == self.total_steps or trainer.should_stop  # as a callback of the user may decide
+        is_last = self.step == self.total_steps or trainer.should_stop  # a user's callback may stop the run
         if self.step % self.settings.checkpoint_every and not is_last:
             return
         save_checkpoint(trainer, self.folder.checkpoint)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Tell Lightning's counters how many micro-batches the steps done are now.
+        """Set Lightning's counters to the number of micro-batches in the finished steps.
 
-        They are saved as they were, but a run may go on with other micro-batches, or with more steps than it had.
+        The saved counters may not fit, since a run may resume with other micro-batches or more steps than before.
         """
         done = checkpoint["global_step"] * trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

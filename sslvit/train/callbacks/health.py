@@ -1,8 +1,8 @@
-"""Has the run collapsed? Measured while it trains, reported once in plain words, written to health.json.
+"""Detects a collapsed run: measured during training, reported once in plain words, written to health.json.
 
 Each task names its symptoms (tasks/symptoms.py): a teacher that is the same for every image, a loss no better than a
-constant guess, features that hardly differ from image to image. A symptom must be there in most of the last checks,
-after the warm-up, since a network that has just begun looks much the same.
+constant guess, features that hardly differ from image to image. A symptom counts only if most of the last checks show
+it after the warm-up, since a network at the start of training looks much the same.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from sslvit.train.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-MIN_CHECKS = 3  # that a verdict rests on; in long runs as many as fit in one fiftieth of their steps
+MIN_CHECKS = 3  # needed for a verdict; in long runs, as many as fit in one fiftieth of the steps
 CHECKS_PER_RUN = 50
-MAX_ROWS = 512  # of features, whose spectrum is taken on the CPU
-CURVE_LOOKS = 20  # at the curve of the loss, in the second half of a run
-FAIL_FRACTION = 0.8  # of the last checks with a symptom make a collapse; as many without one make a recovery
+MAX_ROWS = 512  # of features, since their spectrum is computed on the CPU
+CURVE_LOOKS = 20  # checks of the loss curve in the second half of a run
+FAIL_FRACTION = 0.8  # of the last checks show a symptom in a collapse, and none after a recovery
 NOT_CHECKED, NOT_LEARNING, TOO_EARLY = "not checked", "not learning", "too early to say"
 
 
 def measure(logged: dict[str, Tensor]) -> dict[str, float]:
-    """The measures of what a task logged in one step.
+    """Measures of what a task logged in one step.
 
     Args:
-        logged: Features ('b d'); of tasks with prototypes each image's entropy, distance to even probabilities and
-            first choice ('b'); and of each micro-batch the moments of an MAE's target ('m 3 p') or how often an iGPT's
+        logged: Features ('b d'); for tasks with prototypes, each image's entropy, distance to even probabilities and
+            first choice ('b'); and for each micro-batch the moments of an MAE's target ('m 3 p') or how often an iGPT's
             colors occur ('m k').
     """
     measures: dict[str, float] = {}
-    if "target_moments" in logged:  # the error of the mean patch
+    if "target_moments" in logged:  # the error of predicting the mean patch
         mean, hidden_mean, hidden_square = logged["target_moments"].double().mean(0)
         measures["target_variance"] = float((hidden_square - 2 * mean * hidden_mean + mean**2).mean())
-    if "color_counts" in logged:  # the loss of how frequent colors are, in nats
+    if "color_counts" in logged:  # the loss of predicting the color frequencies, in nats
         counts = logged["color_counts"].sum(0).double()
         measures["unigram_entropy"] = float(-torch.xlogy(counts, counts / counts.sum()).sum() / counts.sum())
     if "features" in logged:
@@ -63,7 +63,7 @@ def measure(logged: dict[str, Tensor]) -> dict[str, float]:
 
 
 def not_finite(measures: dict[str, float], optim: OptimSettings) -> Symptom | None:
-    """The first measure that is not a finite number."""
+    """A symptom for the first measure that is not finite; None if all are."""
     for name, value in measures.items():
         if not math.isfinite(value):
             suggestion = f"Lower {lr_in_words(optim)}" + ("." if optim.clip_grad else ", or set optim.clip_grad.")
@@ -86,7 +86,7 @@ class Health(StepCallback):
         self.checks: list[str | None] = []  # symptoms of the last checks, None for a healthy one
         self.messages: list[dict[str, Any]] = []
         self.verdict = NOT_CHECKED
-        self.is_stuck = False  # whether the loss did not fall, when its curve was looked at
+        self.is_stuck = False  # whether the loss had stopped falling at the last check of its curve
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         """Ask the task for features in steps that are checked."""
@@ -97,7 +97,7 @@ class Health(StepCallback):
         """Measure, record and judge."""
         if not module.logs_features:
             return
-        if module.guard.skipped:  # callbacks/incidents.py counts it; only many of them are a collapse
+        if module.guard.skipped:  # counted by callbacks/incidents.py; only many of them are a collapse
             measures = {"loss": math.nan}
             if trainer.is_global_zero:
                 self.judge(not_finite(measures, module.optim), measures, is_skipped=True)
@@ -120,13 +120,13 @@ class Health(StepCallback):
                 self.judge_curve(measures, module.health_grace_steps, module.optim)
 
     def is_curve_due(self) -> bool:
-        """Whether to look at the curve of the loss now: some times in the second half of a run, and at its end."""
+        """Whether to check the loss curve now: CURVE_LOOKS times in the second half of a run, and at its end."""
         often = max(self.total_steps // (2 * CURVE_LOOKS), 1)
         is_late = self.step * 2 >= self.total_steps
         return is_late and (self.step == self.total_steps or self.step % often < self.every)
 
     def judge_curve(self, measures: dict[str, float], grace_steps: int, optim: OptimSettings) -> None:
-        """Say once if the loss has not fallen in the latter half of the steps so far, of a run that is healthy else."""
+        """Report once if the loss of an otherwise healthy run has not fallen in the latter half of the steps so far."""
         if self.verdict not in ("healthy", NOT_LEARNING):
             return
         first = max(self.step // 2, grace_steps) + 1
@@ -142,12 +142,12 @@ class Health(StepCallback):
     def judge(
         self, symptom: Symptom | None, measures: dict[str, float], is_early: bool = False, is_skipped: bool = False
     ) -> None:
-        """Weigh the last checks; report a collapse, or a recovery, once; write health.json.
+        """Judge the last checks; report a collapse, or a recovery, once; write health.json.
 
         Args:
-            symptom: What this check found.
-            measures: The numbers that it found it in.
-            is_early: Whether the network may still look like one that has not begun.
+            symptom: The symptom that this check found; None if it found none.
+            measures: The measures of this check.
+            is_early: Whether the network may still look untrained.
             is_skipped: Whether the step changed nothing, so that the next one may be sound.
         """
         is_broken = symptom is not None and symptom.name == "not finite" and not is_skipped
@@ -182,13 +182,13 @@ class Health(StepCallback):
     def write(self, measures: dict[str, float]) -> None:
         """Write health.json."""
         content = {"verdict": self.verdict, "step": self.step, "measures": measures, "messages": self.messages}
-        write_atomically(self.folder.health, to_json(content, indent=1) + "\n", sync=False)  # the next check is near
+        write_atomically(self.folder.health, to_json(content, indent=1) + "\n", sync=False)  # soon rewritten
 
     def state_dict(self) -> dict[str, Any]:
         """The last checks, and what was reported."""
         return {"checks": self.checks, "messages": self.messages, "verdict": self.verdict, "is_stuck": self.is_stuck}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the checkpoint's."""
+        """Restore the state of the checkpoint."""
         self.checks, self.messages, self.verdict = list(state["checks"]), list(state["messages"]), state["verdict"]
         self.is_stuck = state["is_stuck"]

@@ -1,10 +1,10 @@
-"""Numbers gone wrong: steps whose loss or gradient is not finite are skipped; too many in a row end the run.
+"""Steps whose loss or gradient is not finite are skipped; too many in a row end the run.
 
-What such a run leaves in incident/ is enough to re-run the step elsewhere (`sslvit replay`):
+Such a run leaves everything that repeating the step elsewhere takes in incident/ (`sslvit replay`):
 
-config.yaml     the run's
+config.yaml     settings of the run
 incident.json   step (the first is 1), seed, and which weights had gradients that are not finite
-state.ckpt      the state before the step, which skipping left as it was
+state.ckpt      the state before the step, which is also that after it, since it was skipped
 batch-rank-00000-0.safetensors and so on: what each rank saw, micro-batch by micro-batch
 """
 
@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 class Incidents(StepCallback):
-    """Counts skipped steps, and ends a run that does nothing but skip.
+    """Counts skipped steps, and ends a run that skips too many in a row.
 
     Args:
         folder: The run's folder.
-        index: names the samples.
-        limit: steps skipped in a row that end the run.
+        index: Names the samples.
+        limit: Number of steps skipped in a row that ends the run.
     """
 
     def __init__(self, folder: RunFolder, index: Index | StreamIndex, limit: int) -> None:
@@ -49,8 +49,9 @@ class Incidents(StepCallback):
     def on_step(self, trainer: pl.Trainer, module: Task) -> None:
         """Count skipped steps; end the run after too many in a row.
 
-        A step that logs nothing waits for nothing: it counts what the device has finished. Only where all that is not
-        known yet could be too much, or a line is due, the device is waited for, so a run ends at the same step on any.
+        A step that logs nothing does not wait: it counts the steps that the device has finished. The host waits for the
+        device only if a line is due or the unknown outcomes could reach the limit, so a run ends at the same step on
+        every device.
         """
         guard = module.guard
         self.count(trainer, module, wait=module.logs_features or self.in_a_row + guard.pending >= self.limit)
@@ -68,11 +69,11 @@ class Incidents(StepCallback):
             )
 
     def count(self, trainer: pl.Trainer, module: Task, wait: bool) -> None:
-        """Take note of what became of the last steps.
+        """Count the outcomes of the last steps.
 
         Args:
-            trainer: The run's.
-            module: The task, whose guard knows.
+            trainer: The run's Trainer.
+            module: The task, whose guard knows the outcomes.
             wait: Whether to wait for the device.
         """
         for outcome in module.guard.outcomes(wait):
@@ -94,9 +95,9 @@ class Incidents(StepCallback):
         self.count(trainer, module, wait=True)
 
     def save(self, trainer: pl.Trainer, module: Task) -> None:
-        """The step that was just skipped, with all that decided it."""
+        """Save the step that was just skipped, with everything that determines it."""
         if trainer.is_global_zero:
-            shutil.rmtree(self.folder.incident, ignore_errors=True)  # of an earlier end
+            shutil.rmtree(self.folder.incident, ignore_errors=True)  # of an earlier incident
             self.folder.incident.mkdir()
         trainer.strategy.barrier()
         before = self.step - 1  # steps that came before this one
@@ -126,7 +127,7 @@ class Incidents(StepCallback):
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from the checkpoint's."""
+        """Restore the counts of the checkpoint."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
 

@@ -1,4 +1,4 @@
-"""What was read, and what could not be: ledger.json."""
+"""The number of samples read, and the samples that could not be: ledger.json."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sslvit.ranks import all_gather_objects
 from sslvit.train.callbacks.base import StepCallback
 from sslvit.train.folder import RunFolder, append_lines
 
-ROWS_THAT_SAY_MUCH = 100  # unreadable ones from which on their fraction of what was read counts
-STEPS_BETWEEN_COUNTS = 50  # with several ranks: how often they add up their unreadable samples
+ROWS_THAT_SAY_MUCH = 100  # unreadable rows, from which on their fraction of the rows read is meaningful
+STEPS_BETWEEN_COUNTS = 50  # with several ranks: steps between two exchanges of their unreadable samples
 
 
 class Ledger(StepCallback):
-    """Counts what was read, names what could not be, and stops the run when that is too much.
+    """Counts the samples read, names the unreadable ones, and stops the run if there are too many of them.
 
     Args:
         folder: The run's folder.
@@ -35,39 +35,39 @@ class Ledger(StepCallback):
     ) -> None:
         self.folder, self.index, self.plan, self.limit, self.writes_keys = folder, index, plan, limit, writes_keys
         self.earlier: dict[str, dict[str, Any]] = {}  # from the checkpoint: the same on every rank
-        self.of_rank: dict[str, dict[str, Any]] = {}  # met by this rank since
-        self.merged: dict[str, dict[str, Any]] = {}  # of all ranks, when they last exchanged theirs
+        self.of_rank: dict[str, dict[str, Any]] = {}  # found by this rank since then
+        self.merged: dict[str, dict[str, Any]] = {}  # of all ranks, at their last exchange
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Drop keys of steps after the checkpoint's, which are read again."""
+        """Drop the names of samples read after the checkpoint, which will be read again."""
         super().on_train_start(trainer, module)
         if trainer.is_global_zero:
             self.folder.cut_samples_read(self.step)
         trainer.strategy.barrier()  # no rank writes before all files are cut
 
     def on_micro_batch(self, trainer: pl.Trainer, batch: Batch) -> None:
-        """Note what could not be read, and, where asked, what was."""
+        """Note the samples that could not be read, and, if requested, the names of all samples."""
         for key, reason in batch.unreadable.items():
             entry = self.of_rank.setdefault(key, {"key": key, "reason": reason, "times": 0})
             entry["times"] += 1
-        if self.writes_keys and not isinstance(self.index, StreamIndex):  # of which check_data refuses a ledger
+        if self.writes_keys and not isinstance(self.index, StreamIndex):  # for which check_data refuses a ledger
             rows = zip(batch.samples.tolist(), batch.epochs.tolist(), strict=True)
             lines = [{"step": self.step, "epoch": epoch, "key": self.index.key(sample)} for sample, epoch in rows]
             append_lines(self.folder.samples_read(trainer.global_rank), lines)
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Look whether too much is unreadable."""
+        """Check whether too many samples are unreadable."""
         if trainer.world_size > 1 and self.step % STEPS_BETWEEN_COUNTS:
-            return  # ranks decide together, and counting together is not free
+            return  # ranks decide together, and the exchange is not free
         self.check(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Look once more, and write ledger.json."""
+        """Check once more, and write ledger.json."""
         self.check(trainer)
         self.save(trainer)
 
     def check(self, trainer: pl.Trainer) -> None:
-        """End the run if too much is unreadable, of the data set or of what was read so far."""
+        """End the run if too many samples are unreadable, of the data set or of those read so far."""
         unreadable = self.exchange()
         rows = sum(entry["times"] for entry in unreadable.values())
         is_much = rows >= ROWS_THAT_SAY_MUCH and rows > self.limit * self.step * self.plan.global_batch_size
@@ -91,7 +91,7 @@ class Ledger(StepCallback):
         return merged
 
     def before_checkpoint(self, trainer: pl.Trainer) -> None:
-        """Exchange what the checkpoint is to hold."""
+        """Exchange the counts that the checkpoint will hold."""
         self.exchange()
 
     def save(self, trainer: pl.Trainer) -> None:
@@ -108,9 +108,9 @@ class Ledger(StepCallback):
             write_atomically(self.folder.ledger, to_json(content, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
-        """What was exchanged last."""
+        """The result of the last exchange."""
         return self.merged
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the checkpoint's."""
+        """Restore the counts of the checkpoint."""
         self.earlier = self.merged = state

@@ -1,4 +1,4 @@
-"""The page of a run while it runs."""
+"""The report page of a run during training."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sslvit.train.folder import RunFolder
 from sslvit.train.report import write_own_report
 
 SECONDS = 180.0  # between two pages, at least
-MAX_FRACTION = 0.02  # of the time that writing them may take
+MAX_FRACTION = 0.02  # of the time may be spent on writing pages
 
 
 class Page(StepCallback):
-    """Writes report.html anew every few minutes, when a line of metrics.jsonl has been written.
+    """Rewrites report.html every few minutes, after a line of metrics.jsonl has been written.
 
     Args:
         folder: The run's folder.

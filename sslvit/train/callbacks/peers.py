@@ -1,4 +1,4 @@
-"""After each step: are all ranks still there, and has any been told to stop?
+"""After each step, checks that all ranks are still there and whether any was told to stop.
 
 The ranks exchange a flag over gloo, from CPU to CPU, once a step's kernels are queued and before anything waits for the
 device. A kernel that exchanges gradients never ends when its peer is gone, and a process that waits for it can only
@@ -35,19 +35,19 @@ from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback
 from sslvit.train.folder import RunFolder
 
-PAUSE_SECONDS = 0.0005  # between two looks at a device that is behind
+PAUSE_SECONDS = 0.0005  # between two checks of a device that lags behind
 ENDING = b"interrupted: this step is finished and a checkpoint written; another Ctrl-C ends at once, without one\n"
 
 
 class Peers(StepCallback):
-    """Exchanges signals and signs of life with the other ranks, and takes the waits for the device upon itself.
+    """Exchanges signals and signs of life with the other ranks, and does the waiting for the device.
 
-    A rank may also be lost while the others' devices still work on its last step. So while a device is behind, the
-    ranks go on with the exchange: until the step before is done, or this one, where callbacks are going to wait for it.
+    A rank may also be lost while the others' devices still work on its last step. So while a device lags behind, the
+    ranks repeat the exchange until the step before is done, or this step if callbacks are going to wait for it.
 
     Args:
         folder: The run's folder.
-        waits_every: Numbers of steps at whose multiples callbacks wait for the device.
+        waits_every: Callbacks wait for the device at every multiple of these numbers of steps.
         total_steps: Number of optimizer steps in the run; after the last one callbacks wait, too.
         timeout_seconds: How long to wait for the other ranks.
         data: Fingerprint of the data on this rank, in hexadecimal digits.
@@ -59,11 +59,11 @@ class Peers(StepCallback):
     ) -> None:  # fmt: skip
         self.folder, self.waits_every, self.total_steps = folder, waits_every, total_steps
         self.timeout_seconds, self.data = timeout_seconds, data
-        self.received: str | None = None  # the signal that this rank was sent
-        self.is_stopping = False  # whether any rank was sent one
+        self.received: str | None = None  # the signal that this rank received
+        self.is_stopping = False  # whether any rank received one
         self.is_interrupted = False  # whether it was a Ctrl-C
         self.group: Any = None
-        self.queued: torch.cuda.Event | None = None  # event in the device's stream behind the last step
+        self.queued: torch.cuda.Event | None = None  # event in the device's stream after the last step
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Listen for signals from here on."""
@@ -72,35 +72,36 @@ class Peers(StepCallback):
             self.group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_seconds))
             assert isinstance(module, Task)
             self.check_alike(module.run.images_per_pass)
-        self.received = received_signal()  # while all was prepared, where a library may have swallowed it
+        self.received = received_signal()  # sent during preparation, where a library may have swallowed it
         if threading.current_thread() is threading.main_thread():
-            # after Lightning's own, which would stop without a checkpoint
+            # replaces Lightning's handlers, which would stop without a checkpoint
             for number in (*SIGNALS, CTRL_C) if hears_ctrl_c() else SIGNALS:
                 signal.signal(number, self.on_signal)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """End the group's threads: one that runs when the interpreter ends may abort the process."""
+        """End the group's threads: one that still runs when the interpreter exits may abort the process."""
         if self.group is not None:
             distributed.destroy_process_group(self.group)
             self.group = None
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """As after the last step."""
+        """End the group's threads, as after the last step."""
         self.on_train_end(trainer, module)
 
     def check_alike(self, micro_batch_size: int) -> None:
-        """Refuse ranks that would take other steps than this one.
+        """Refuse ranks whose steps would differ.
 
-        They go on from different checkpoints when one of them reads a damaged file, take other micro-batches when
-        `auto` finds other GPUs on their machine, and have other data where a script makes another data set on each.
+        They resume from different checkpoints if one of them reads a damaged file, take different micro-batches if
+        `auto` finds different GPUs on their machines, and have different data if a script makes another data set on
+        each.
 
         Args:
             micro_batch_size: Images per forward pass on this rank.
 
         Raises:
-            RuntimeError: they do.
+            RuntimeError: the ranks differ.
         """
-        data = int(self.data[:15], 16)  # of 60 bits
+        data = int(self.data[:15], 16)  # 60 bits, which fit into int64
         numbers = torch.tensor([self.step, -self.step, micro_batch_size, -micro_batch_size, data, -data])
         distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self.group)
         last, first, largest, smallest, *data_of_ranks = (abs(number) for number in numbers.tolist())
@@ -127,13 +128,13 @@ class Peers(StepCallback):
             end_at_next_ctrl_c()
             if is_first_process():
                 leave_bars()
-                os.write(2, ENDING)  # print might be what was interrupted
+                os.write(2, ENDING)  # the signal may have interrupted a print
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Learn whether to stop, and wait for the devices of all ranks as far as callbacks are going to.
+        """Learn whether to stop, and wait for the devices of all ranks if callbacks are going to.
 
         Raises:
-            RuntimeError: a rank is gone, or its device has not come on in time.
+            RuntimeError: a rank is gone, or its device has not finished in time.
         """
         if self.group is None:
             self.is_stopping, self.is_interrupted = self.received is not None, self.received == CTRL_C.name
@@ -145,22 +146,22 @@ class Peers(StepCallback):
         self.wait_for(self.queued if callbacks_wait or self.is_stopping else before)
 
     def highest(self, number: int) -> int:
-        """The largest of all ranks' small numbers."""
+        """The maximum of a small number over all ranks."""
         numbers = torch.tensor([number], dtype=torch.uint8)
         distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self.group)
         return int(numbers)
 
     def wait_for(self, event: torch.cuda.Event | None) -> None:
-        """Go on with the exchange until the event is behind the devices of all ranks."""
+        """Repeat the exchange until the devices of all ranks have passed the event."""
         deadline = time.monotonic() + self.timeout_seconds
         while event is not None and self.highest(not event.query()):
-            if time.monotonic() > deadline:  # all ranks are there, and what their devices send is not
+            if time.monotonic() > deadline:  # all ranks answer, but their devices do not finish
                 raise distributed.DistBackendError(f"timed out: the devices have not done step {self.step}")
             time.sleep(PAUSE_SECONDS)
 
 
 def _end_of_queue(device: torch.device) -> torch.cuda.Event | None:
-    """An event behind all that a GPU has been told to do; None for a CPU, which has done it."""
+    """An event after all work queued on a GPU; None for a CPU, which has no queue."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()

@@ -1,8 +1,8 @@
-"""At a signal to stop: a whole checkpoint at the next step boundary, and an exit that no scheduler takes for a failure.
+"""After a signal to stop: a complete checkpoint at the next step boundary, and an exit that is not taken for a failure.
 
-From the first step on, SIGTERM and SIGUSR1 only set a flag, so a second one changes nothing; so does a first Ctrl-C,
-and a second one ends the process at once. After each step the ranks agree (peers.py; one of them alone may have
-received it), the first writes the checkpoint, and all leave together.
+From the first step on, SIGTERM and SIGUSR1 only set a flag, so a second one changes nothing. A first Ctrl-C does the
+same; a second one ends the process at once. After each step the ranks agree on whether to stop (peers.py), since only
+one of them may have received the signal; then the first one writes the checkpoint, and all leave together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Preemption(StepCallback):
     """Stops the run at the next step boundary after a signal.
 
     Args:
-        peers: Knows whether any rank has received one.
+        peers: Knows whether any rank has received a signal.
         folder: The run's folder.
         total_steps: Number of optimizer steps in the run; after the last one there is nothing to stop.
     """
@@ -32,7 +32,7 @@ class Preemption(StepCallback):
         if not self.peers.is_stopping or self.step == self.total_steps:
             return
         save_checkpoint(trainer, self.folder.checkpoint, waits=True)
-        trainer.strategy.barrier()  # no rank leaves before the checkpoint is whole
+        trainer.strategy.barrier()  # no rank leaves before the checkpoint is complete
         where = f"at step {self.step} of {self.total_steps}"
         resume_hint = f"the checkpoint is whole: {self.folder.resume_command}"
         if self.peers.is_interrupted:

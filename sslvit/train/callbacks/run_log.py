@@ -1,4 +1,4 @@
-"""Records become lines of metrics.jsonl and of the terminal."""
+"""Writes records as lines of metrics.jsonl and of the terminal."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from sslvit.train.timing import Clock
 
 logger = logging.getLogger(__name__)
 
-MUCH_WAITING = 0.1  # of a step
+MUCH_WAITING = 0.1  # fraction of a step, from which on waiting for data is shown
 
 
 class RunLog(StepCallback):
-    """Appends a line to metrics.jsonl when it is due, and shows how far the run is.
+    """Appends a line to metrics.jsonl when one is due, and shows the run's progress.
 
     Args:
         folder: The run's folder.
         run: Turns steps into epochs and images.
         every: Steps between two lines.
-        clock: Knows where the time went.
-        mfu_per_throughput: Fraction of the devices' peak that one image a second takes (MFU); None where that is not
-            known.
+        clock: Measures where the time goes.
+        mfu_per_throughput: Fraction of the devices' peak that one image per second uses (MFU); None if it is unknown.
     """
 
     def __init__(
@@ -40,8 +39,8 @@ class RunLog(StepCallback):
         self.folder, self.run, self.total_steps, self.every = folder, run, run.total_steps, every
         self.clock, self.mfu_per_throughput = clock, mfu_per_throughput
         self.bar: Bar | None = None
-        self.note = ""  # behind the bar
-        self.earlier_seconds = 0.0  # that training took up to the checkpoint that this process goes on from
+        self.note = ""  # shown after the bar
+        self.earlier_seconds = 0.0  # of training before the checkpoint that this process resumed from
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Cut metrics.jsonl back to the checkpoint's step, and start the clock."""
@@ -61,7 +60,7 @@ class RunLog(StepCallback):
         if self.step % self.every and self.step != self.total_steps:
             return
         line = {name: float(mean_over_ranks(trainer, values)) for name, values in module.records.items()}
-        done, self.last_step = self.step - self.last_step, self.step  # on every rank
+        done, self.last_step = self.step - self.last_step, self.step  # updated on every rank
         seconds = self.clock.pop()
         times = torch.tensor([value / done for value in seconds.values()], dtype=torch.float64)
         means = mean_over_ranks(trainer, [times]).tolist()
@@ -93,7 +92,7 @@ class RunLog(StepCallback):
         self.on_train_end(trainer, module)
 
     def elapsed(self, now: float) -> float:
-        """Seconds of training up to a moment, over all processes that went on with the run."""
+        """Seconds of training up to a moment, over all processes that have continued the run."""
         return self.earlier_seconds + now - self.start
 
     def state_dict(self) -> dict[str, float]:
@@ -101,7 +100,7 @@ class RunLog(StepCallback):
         return {"elapsed_seconds": self.elapsed(time.monotonic())}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from the checkpoint's."""
+        """Restore the seconds of the checkpoint."""
         self.earlier_seconds = state["elapsed_seconds"]
 
     def _show(self, line: dict[str, float]) -> None:

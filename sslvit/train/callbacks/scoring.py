@@ -1,7 +1,7 @@
 """Scores while a run trains: a probe of a pretext task's encoder, or the accuracy of a classifier.
 
-Both look at the module in evaluation mode and without gradients, and give torch's random state back as it was, so a
-run with them has the same weights as one without.
+Both use the module in evaluation mode and without gradients, and restore torch's random state, so a run with scores has
+the same weights as one without.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ IMAGES_AT_ONCE = 256
 
 @contextmanager
 def scored_copy(module: Task) -> Iterator[Task]:
-    """All weights in evaluation mode, in full float32; afterwards every part and torch's random state as before."""
-    # a loader draws its workers' seed when it starts
+    """The task with all weights, in evaluation mode and full float32; restores modes and torch's random state."""
+    # the random state is used by a loader, which draws its workers' seed when it starts
     with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]), full_float32():
         yield module.gather_full_copy()
 
 
 class ScoringCallback(StepCallback):
-    """Scores when a line of metrics.jsonl is due, every so many steps, and after the last one.
+    """Computes scores at some of the steps with a line of metrics.jsonl, and after the last step.
 
     Args:
-        every: steps between two looks; None for the last step alone.
-        log_every: steps between two lines.
+        every: Steps between two scores, rounded up to a multiple of log_every; None for the last step only.
+        log_every: Steps between two lines.
         total_steps: Number of optimizer steps in the run.
     """
 
@@ -66,13 +66,13 @@ class ScoringCallback(StepCallback):
         self.total_steps = total_steps
 
     def on_step(self, trainer: pl.Trainer, module: Task) -> None:
-        """Score when it is due, and record the scores."""
+        """Compute and record scores when they are due."""
         if self.step % self.every and self.step != self.total_steps:
             return
         with scored_copy(module) as full:
             try:
                 found = self.scores(trainer, full)
-            except NoScore as error:  # on all ranks alike
+            except NoScore as error:  # raised on all ranks
                 found = {}
                 if is_first_rank():
                     logger.warning(f"step {self.step}: no score: {error}")
@@ -80,12 +80,12 @@ class ScoringCallback(StepCallback):
                 module.record(name, torch.tensor(value, dtype=torch.float64))
 
     def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
-        """Names and values for the line, the same on every rank."""
+        """Scores by name for the line, the same on every rank."""
         raise NotImplementedError
 
 
 class OnlineProbe(ScoringCallback):
-    """kNN and logistic regression on some labeled images, and all measures without labels."""
+    """kNN and logistic regression on some labeled images, and all measures that need no labels."""
 
     def __init__(self, settings: RunSettings, total_steps: int) -> None:
         online = self.online = settings.online
@@ -101,7 +101,7 @@ class OnlineProbe(ScoringCallback):
         )
 
     def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
-        """Scores of neighbors and of a linear head, and measures without labels, all on the module's device."""
+        """Scores of kNN and of a linear head, and measures that need no labels, all on the module's device."""
         source = frozen(module.trained_encoder, self.online.precision)
         readouts = source.readouts(None, 1, None)
         workers = pick_workers(self.workers, source.device.type, trainer.num_devices)
@@ -137,7 +137,7 @@ class Validation(ScoringCallback):
         self.trained_on, self.start = index.fingerprint(), time.monotonic()
 
     def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
-        """The accuracy, written down after the last step."""
+        """The accuracy; after the last step it is also written to scores.json."""
         found = accuracy(
             lambda images: module.model(images.to(module.dtype)), self.data, self.settings.encoder, module.device,
             IMAGES_AT_ONCE, pick_workers(self.settings.data.workers, module.device.type, trainer.num_devices),
@@ -147,16 +147,16 @@ class Validation(ScoringCallback):
         return {"val/top1": found.top1}
 
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
-        """Score a run that is at its last step and has no score of it yet: the one that was tried then failed.
+        """Score the last step of a run again if its score failed there.
 
         Raises:
-            NoScore: it fails again. The weights are saved, and a resume comes here.
+            NoScore: it fails again. The weights are saved, and a resume tries once more.
         """
         scored_step = (read_json(self.folder.scores) or {}).get("step")
         if trainer.global_step != self.total_steps or broadcast_from_rank0(scored_step == self.total_steps):
             return
         self.step = self.total_steps
-        module.to(trainer.strategy.root_device)  # which Lightning has taken it from
+        module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
         with scored_copy(module) as full:
             self.scores(trainer, full)
         module.cpu()
