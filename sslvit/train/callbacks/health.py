@@ -120,7 +120,7 @@ class Health(StepCallback):
                 self.judge_curve(measures, module.health_grace_steps, module.optim)
 
     def is_curve_due(self) -> bool:
-        """Whether to check the loss curve now: CURVE_LOOKS times in the second half of a run, and at its end."""
+        """Whether to check the loss curve now: up to CURVE_LOOKS times in the second half of a run, and at its end."""
         often = max(self.total_steps // (2 * CURVE_LOOKS), 1)
         is_late = self.step * 2 >= self.total_steps
         return is_late and (self.step == self.total_steps or self.step % often < self.every)
