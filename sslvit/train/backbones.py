@@ -1,4 +1,4 @@
-"""Checks before the first step of a run that trains another network than the vision transformer."""
+"""Checks before the first step of a run that trains a network other than the vision transformer."""
 
 from __future__ import annotations
 

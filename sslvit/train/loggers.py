@@ -39,7 +39,7 @@ def check_loggers(settings: TrainSettings) -> None:
 def make_loggers(
     settings: RunSettings, folder: RunFolder, index: Index | StreamIndex, others: Sequence[Logger] = ()
 ) -> list[Logger]:
-    """The loggers of the settings and of the user, for the first rank, with everything the run depends on logged.
+    """The loggers of the settings and of the user, for the first rank; they record everything the run depends on.
 
     A resumed run continues its run of Weights & Biases and of MLflow, which does not accept a parameter twice.
     """

@@ -252,7 +252,7 @@ def resolve_defaults(
 def describe_resolved(
     requested: RunSettings, settings: RunSettings, run: RunPlan, notes: dict[str, str] | None = None
 ) -> list[str]:
-    """Settings that were null or did not fit, as resolved now: "task.out_dim 256".
+    """Settings that were null or did not fit, with their new values, as in "task.out_dim 256".
 
     Args:
         requested: Settings as requested.

@@ -1,10 +1,10 @@
 """Steps whose loss or gradient is not finite are skipped; too many in a row end the run.
 
-Such a run leaves everything that repeating the step elsewhere takes in incident/ (`sslvit replay`):
+Such a run leaves in incident/ everything needed to repeat the step elsewhere (`sslvit replay`):
 
 config.yaml     settings of the run
 incident.json   step (the first is 1), seed, and which weights had gradients that are not finite
-state.ckpt      the state before the step, which is also that after it, since it was skipped
+state.ckpt      the state before the step; skipping it has changed nothing
 batch-rank-00000-0.safetensors and so on: what each rank saw, micro-batch by micro-batch
 """
 

@@ -47,7 +47,7 @@ IMAGES_AT_ONCE = 256
 @contextmanager
 def scored_copy(module: Task) -> Iterator[Task]:
     """The task with all weights, in evaluation mode and full float32; restores modes and torch's random state."""
-    # the random state is used by a loader, which draws its workers' seed when it starts
+    # a loader draws a seed for its workers from torch's random state when it starts
     with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]), full_float32():
         yield module.gather_full_copy()
 
