@@ -1,1 +1,1 @@
-"""Tar shard -> batch."""
+"""Data loading: from tar shards to batches."""

@@ -1,4 +1,4 @@
-"""Whatever a path names -> images to pack."""
+"""Read any kind of image source for packing, chosen by its path or name."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from sslvit.settings.pack import SourceOptions
 
 
 def read_source(source: str | Path, options: SourceOptions | None = None) -> ImageSource:
-    """Samples and class names of what is named: a folder, shards, a list, an array, an IDX file, a library's data set.
+    """Read samples and class names from a folder, shards, a list, an array, an IDX file or a library's data set.
 
     Raises:
-        ValueError: nothing there that is known, or an option that is for another kind of source.
+        ValueError: the source is missing or of an unknown kind, or an option does not apply to it.
     """
     path, options = Path(source), options or SourceOptions()
     name = str(source)

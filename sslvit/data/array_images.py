@@ -1,4 +1,4 @@
-"""Images in an array -> samples; how their values become pixels."""
+"""Samples from images in an array, and the conversion of their values to pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sslvit.data.plan import evenly_spaced
 from sslvit.data.sources import Sample
 from sslvit.files import brief
 
-# how values become pixels, by name: what they are, and the conversion
+# name -> (description of the values, conversion to pixels)
 CONVERSIONS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "unit": ("from 0 to 1, times 255", lambda values: (values.astype(np.float32) * 255).round().astype(np.uint8)),
     "signed": (
@@ -29,11 +29,11 @@ RANGES = {"unit": (0.0, 1.0), "signed": (-1.0, 1.0), "byte": (0.0, 255.0), "deep
 
 
 class ArrayImages:
-    """Images in memory or mapped from a file; the item is a number.
+    """Images in memory or in a memory-mapped file; the item is an index.
 
     Args:
         images: 'n h w' or 'n h w c'.
-        convert: One of CONVERSIONS, to 8 or 16 bits; None for arrays that have them.
+        convert: One of CONVERSIONS, to 8 or 16 bits; None for arrays of uint8 or uint16.
     """
 
     def __init__(self, images: np.ndarray, convert: str | None = None) -> None:
@@ -68,10 +68,10 @@ def array_samples(
     numbers: Iterable[int] | None = None,
     convert: str | None = None,
 ) -> list[Sample]:
-    """Images in an array, 'n h w' or 'n h w c', named by their numbers (0, 1, ... for None).
+    """Make samples of an array 'n h w' or 'n h w c', named by `numbers` (None: 0, 1, ...).
 
     Raises:
-        ValueError: neither uint8 nor uint16 and without a conversion, or of another shape.
+        ValueError: the dtype needs a conversion and none is given, the shape is wrong, or the labels do not match.
     """
     if (
         images.ndim not in (3, 4)

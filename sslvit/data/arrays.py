@@ -1,4 +1,4 @@
-"""Arrays of images (.npy, .npz) and IDX files -> samples; their layout, units and labels are found or asked for."""
+"""Samples from arrays (.npy, .npz) and IDX files; layout, value range and labels are detected or given by options."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from sslvit.data.sources import ImageSource, Sample
 from sslvit.files import brief, printable
 
 IDX_BYTES = 0x08  # the IDX type code of unsigned bytes
-MAX_INFLATION = 1032  # of deflate: a compressed file that promises more is damaged
+MAX_INFLATION = 1032  # highest compression ratio of deflate: a file that claims more is damaged
 
 
 def array_source(
     path: Path, labels: str | None = None, images: str | None = None, layout: str | None = None,
     convert: str | None = None,
 ) -> ImageSource:  # fmt: skip
-    """An .npy file of images, or an .npz with them and perhaps labels.
+    """Read images from an .npy file, or images and optional labels from an .npz file.
 
     Args:
         path: The file.
-        labels: name of the array of labels in an .npz, or a file of them; None for one that fits.
-        images: name of the array of images in an .npz; None for the only one.
-        layout: nhw, nhwc or nchw; None where the shape tells.
-        convert: One of CONVERSIONS; None for arrays of 8 or 16 bits.
+        labels: Name of the label array in an .npz, or a file of labels; None to look for a matching array.
+        images: Name of the image array in an .npz; None if there is only one.
+        layout: nhw, nhwc or nchw; None to infer it from the shape.
+        convert: One of CONVERSIONS; None for arrays of uint8 or uint16.
 
     Raises:
-        ValueError: no array of images, several of them, values or a layout that only the user knows.
+        ValueError: there is not exactly one image array, or its layout or value range must be given.
     """
     headers = _headers(path)
     name = _images_in(path, headers, images)
@@ -59,9 +59,9 @@ def array_source(
 
 
 def idx_source(path: Path) -> ImageSource:
-    """An IDX file of images (MNIST's layout), with its labels if the file beside it holds them.
+    """Read an IDX file of images (the format of MNIST), with labels if their file lies beside it.
 
-    The labels of train-images-idx3-ubyte are looked for in train-labels-idx1-ubyte; each may be gzipped.
+    The labels of train-images-idx3-ubyte are expected in train-labels-idx1-ubyte; both files may be gzipped.
     """
     images = _read_idx(path)
     if images.ndim not in (3, 4) or 0 in images.shape:
@@ -81,7 +81,7 @@ def idx_source(path: Path) -> ImageSource:
 
 
 def _samples(path: Path, images: np.ndarray, labels: list[int] | None, convert: str | None = None) -> list[Sample]:
-    """Samples with the time of the file that holds them all."""
+    """Make samples that carry the modification time of the file they come from."""
     try:
         samples = array_samples(images, labels, convert=convert)
     except ValueError as error:
@@ -93,10 +93,10 @@ def _samples(path: Path, images: np.ndarray, labels: list[int] | None, convert: 
 
 
 def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of each array of a file; nothing is unpacked.
+    """Shape and dtype of each array in a file, read from the headers alone.
 
     Raises:
-        ValueError: damaged, or pickled objects.
+        ValueError: the file is damaged or holds pickled objects.
     """
     try:
         if path.suffix.lower() == ".npy":
@@ -157,7 +157,7 @@ def _images_in(path: Path, headers: dict, requested: str | None) -> str:
 def _labels_in(
     path: Path, headers: dict, requested: str | None, images: str, count: int, notes: list[str]
 ) -> tuple[str | None, list[str] | None, list[int] | None]:
-    """Name of the array of labels, classes and class numbers; all None without."""
+    """Name of the label array, class names and class numbers; all None without labels."""
     if requested is not None:
         file = Path(requested)
         if requested not in headers and not file.is_file():
@@ -190,7 +190,7 @@ def _labels_in(
 
 
 def _is_label_name(name: str) -> bool:
-    """Whether it is called like labels, as y_train and train_labels are."""
+    """Whether an array's name suggests labels, such as y_train or train_labels."""
     words = name.lower().replace("-", "_").split("_")
     return name.lower() in LABEL_NAMES or any(word in LABEL_NAMES for word in words)
 
@@ -200,10 +200,10 @@ def _label_file(file: Path) -> np.ndarray:
 
 
 def _layout_of(path: Path, shape: tuple[int, ...], requested: str | None, notes: list[str]) -> str:
-    """nhw, nhwc or nchw, as asked or as the shape tells.
+    """The layout: the requested one, or the one inferred from the shape.
 
     Raises:
-        ValueError: it could be either, or is not of this shape.
+        ValueError: the shape is ambiguous, or does not fit the requested layout.
     """
     possible = ("nhw",) if len(shape) == 3 else ("nhwc", "nchw")
     if requested is not None:
@@ -234,10 +234,10 @@ def _layout_of(path: Path, shape: tuple[int, ...], requested: str | None, notes:
 
 
 def _conversion_of(path: Path, array: np.ndarray, requested: str | None, notes: list[str]) -> str | None:
-    """Of CONVERSIONS, as asked; None for pixels of 8 or 16 bits.
+    """The requested conversion; None for pixels of uint8 or uint16.
 
     Raises:
-        ValueError: values that only the user knows, with the conversions that would fit.
+        ValueError: a conversion is needed and none is given; the message lists those that fit the values.
     """
     if requested is None and array.dtype in (np.uint8, np.uint16):
         return None
@@ -254,7 +254,7 @@ def _conversion_of(path: Path, array: np.ndarray, requested: str | None, notes: 
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """IDX: two zero bytes, type, number of axes, their lengths as big-endian 32 bits, then the values."""
+    """Read IDX: two zero bytes, type, number of axes, axis lengths as big-endian 32-bit integers, then the values."""
     compressed = os.path.getsize(path)
     is_gzipped = path.suffix == ".gz"
     with (gzip.open if is_gzipped else open)(path, "rb") as file:

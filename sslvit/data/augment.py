@@ -1,8 +1,8 @@
 """RandAugment (Cubuk et al. 2020) in timm's form, which MAE's fine-tuning uses (rand-m9-mstd0.5-inc1).
 
-Each image gets a few operations, sampled with replacement; each is applied with some probability. Its magnitude, out of
-10, is sampled from a normal distribution and clipped to 0..10; a larger magnitude is a stronger operation, except for
-those without a strength. Translations, rotations, shears and enhancements take either sign.
+Each image gets a few operations, sampled with replacement, and each of them is applied with some probability. The
+magnitude is sampled from a normal distribution and clipped to 0..10; a larger magnitude means a stronger operation,
+except for operations without a strength. Translations, rotations, shears and enhancements have a random sign.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from sslvit import rng
 from sslvit.settings.views import MAX_MAGNITUDE, AugmentSettings
 
-UNIFORMS = 5  # uniform numbers that each operation takes
-SHIFT_BELOW = 128  # solarize_add leaves brighter values alone
+UNIFORMS = 5  # uniform random numbers per operation
+SHIFT_BELOW = 128  # solarize_add leaves values from here on unchanged
 Fill = int | tuple[int, ...]
 
 
@@ -31,22 +31,22 @@ def _affine(
     image: Image.Image, strength: float, sign: int, fill: Fill, resample: Image.Resampling, *, row: int, column: int,
     limit: float,
 ) -> Image.Image:  # fmt: skip
-    """One coefficient of the map from output to input pixels: a shear, or a shift by a fraction of the side."""
+    """Shear, or translate by a fraction of the side: set one coefficient of the map from output to input pixels."""
     matrix = np.eye(2, 3)
-    matrix[row, column] = sign * limit * strength * (image.size[row] if column == 2 else 1)  # column 2 is the shift
+    matrix[row, column] = sign * limit * strength * (image.size[row] if column == 2 else 1)  # column 2: shift
     coefficients = tuple(matrix.ravel().tolist())
     return image.transform(image.size, Image.Transform.AFFINE, coefficients, resample, fillcolor=fill)
 
 
 def _enhance(enhancer: type, image: Image.Image, strength: float, sign: int, *_: object) -> Image.Image:
-    """Away from the image as it is (a factor of 1), to either side."""
+    """Apply a PIL enhancer with a factor above or below 1 (1 changes nothing)."""
     return enhancer(image).enhance(1 + sign * 0.9 * strength)
 
 
 def _posterize(image: Image.Image, strength: float, *_: object) -> Image.Image:
-    """The bits that are kept: 4 at no strength, 1 at nine tenths, none at all (black) at the full one."""
+    """Keep 4 bits at strength 0, 1 bit at 0.9 and none (a black image) at 1."""
     bits = 4 - int(4 * strength)
-    return ImageOps.posterize(image, bits) if bits else image.point(lambda value: 0)  # PIL knows no image of no bits
+    return ImageOps.posterize(image, bits) if bits else image.point(lambda value: 0)  # PIL rejects 0 bits
 
 
 def _solarize_add(image: Image.Image, strength: float, *_: object) -> Image.Image:
@@ -75,12 +75,12 @@ NAMES = list(OPERATIONS)
 
 
 def sample_operations(settings: AugmentSettings, key: tuple[int, int], samples: np.ndarray) -> np.ndarray:
-    """What happens to each sample, 'b operations 3': which of NAMES (-1: nothing), how strongly (0 to 1), and the sign.
+    """Sample operations, 'b operations 3': index into NAMES (-1: none), strength (0 to 1) and sign.
 
     Args:
-        settings: Number of operations, and how they are sampled.
-        key: seed and epoch.
-        samples: their numbers.
+        settings: Number of operations and their distribution.
+        key: Seed and epoch.
+        samples: Sample numbers.
     """
     uniform = rng.uniform((*key, "augment"), samples, UNIFORMS * settings.operations)
     uniform = uniform.reshape(len(samples), settings.operations, UNIFORMS)
@@ -92,13 +92,13 @@ def sample_operations(settings: AugmentSettings, key: tuple[int, int], samples: 
 
 
 def augment_image(image: Tensor, operations: np.ndarray, fill: list[float], interpolation: str) -> Tensor:
-    """The image after its operations, in their order.
+    """Apply the operations to an image, in order.
 
     Args:
         image: uint8 'c h w' of 1 or 3 channels.
         operations: Result of sample_operations for one sample, 'operations 3'.
-        fill: per channel, from 0 to 1: what comes in from outside.
-        interpolation: bilinear or bicubic, of moves and turns.
+        fill: Value of each channel, from 0 to 1, for pixels from outside the image.
+        interpolation: bilinear or bicubic, for rotations, shears and translations.
     """
     steps = [(NAMES[int(number)], strength, int(sign)) for number, strength, sign in operations.tolist() if number >= 0]
     if not steps:

@@ -1,4 +1,4 @@
-"""What every task and every probe receives."""
+"""The batch that every task and every probe receives."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sslvit.data.packed import Packed
 class Batch:
     """One rank's part of a (micro-)batch.
 
-    Views, labels and colors move to the device; what only the CPU reads stays there.
+    Views, labels and colors move to the device; the other tensors are only read on the CPU and stay there.
 
     Args:
-        views: list of 'b c h w': pixels 0 to 255 as they leave the loader, normalized floats once on the device.
-        labels: class numbers 'b', or None for unlabeled data.
-        samples: number of each sample in its data set, 'b', on the CPU; the index turns it into a key.
-        valid: False where a row only fills up (an unreadable sample, or padding in evaluation), 'b', on the CPU.
-        epochs: the pass over its data set that each sample is in, 'b', on the CPU.
-        first_row: index of the first row within the global batch; with the step it keys every chance draw.
-        unreadable: Reason why a sample could not be read, by its key.
-        colors: changes of color still to be made, one 'b columns' per view, or None.
+        views: Tensors 'b c h w': pixels 0 to 255 from the loader, normalized floats once on the device.
+        labels: Class numbers 'b', or None for unlabeled data.
+        samples: Number of each sample in its data set, 'b', on the CPU; the index maps it to a key.
+        valid: False for filler rows (an unreadable sample, or padding in evaluation), 'b', on the CPU.
+        epochs: Epoch of each sample in its data set, 'b', on the CPU.
+        first_row: Index of the first row in the global batch; with the step, it is the key of all random numbers.
+        unreadable: Sample key -> reason why it could not be read.
+        colors: Color changes that are still to be applied, one tensor 'b columns' per view, or None.
     """
 
     views: list[Tensor]
@@ -44,7 +44,7 @@ class Batch:
         return self._with(Packed.of(tensors).to(device).tensors())
 
     def rows(self, is_kept: Tensor) -> Batch:
-        """The rows where `is_kept` ('b', on the CPU) is True."""
+        """Select the rows where `is_kept` ('b', on the CPU) is True."""
         moving = self._with([tensor[is_kept] for tensor in self._moving()])
         host = {name: getattr(self, name)[is_kept] for name in ("samples", "valid", "epochs")}
         return replace(moving, **host)
@@ -54,11 +54,11 @@ class Batch:
         return self._with(Packed.of(self._moving()).pin_memory().tensors())
 
     def _moving(self) -> list[Tensor]:
-        """What the device needs: views, labels and colors."""
+        """The tensors that move to the device: views, labels and colors."""
         return [*self.views, *([] if self.labels is None else [self.labels]), *(self.colors or [])]
 
     def _with(self, tensors: list[Tensor]) -> Batch:
-        """The same batch with others in the place of `_moving`."""
+        """A copy of the batch with `tensors` in place of those of `_moving`."""
         views, rest = tensors[: len(self.views)], tensors[len(self.views) :]
         labels = None if self.labels is None else rest.pop(0)
         return replace(self, views=views, labels=labels, colors=self.colors and rest)

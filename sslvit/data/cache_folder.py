@@ -1,7 +1,7 @@
-"""A folder of files from the network that is kept within a size; the longest unused go first.
+"""A size-limited cache folder for files from the network; the least recently used files are deleted first.
 
-While a download is under way, its lock's file holds the room that is reserved for it, so that downloads side by side
-stay within the limit together.
+While a download is running, its lock file holds the number of bytes reserved for it, so that parallel downloads stay
+within the limit together.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pathlib import Path
 from sslvit.files import WriteError, cache_folder, printable, write_atomically, write_error
 from sslvit.locks import lock_file
 
-FAILURE_TTL_SECONDS = 120  # for which other processes do not ask again for a shard that is missing or damaged
-EVICT_DOWN_TO = 0.95  # of the limit: the folder is then listed for one download in many
-ROOM_POLL_SECONDS = 0.1  # between checks while downloads of others take all of it
-MAX_PART_DAYS = 2  # after which an unfinished download is given up
-USED_FILE = "room.used"  # holds how many bytes the folder has at most
-MARKER = ".sslvit-shard-cache"  # lies in a folder in which files may be deleted
-SUB_FOLDER = "sslvit-shards"  # used in a folder that holds other things
+FAILURE_TTL_SECONDS = 120  # during which no process asks again for a missing or damaged shard
+EVICT_DOWN_TO = 0.95  # fraction of the limit; the slack means that few downloads have to list the folder
+ROOM_POLL_SECONDS = 0.1  # between checks while other downloads occupy all the room
+MAX_PART_DAYS = 2  # age at which an unfinished download is deleted
+USED_FILE = "room.used"  # holds an upper bound of the bytes in the folder
+MARKER = ".sslvit-shard-cache"  # marks a folder whose files may be deleted
+SUB_FOLDER = "sslvit-shards"  # used inside a folder that holds other files
 CACHE_NAME = re.compile(r"[0-9a-f]{32}-[A-Za-z0-9._-]{1,80}(\.part|\.lock|\.bad)?", re.ASCII)
 
 
 class CacheFolder:
-    """A folder whose files may be deleted, and the room in it.
+    """A folder whose files may be deleted, with a limit on its size.
 
     Args:
-        requested: on a disk of this machine; one that holds other things already gets a sub-folder for the shards.
+        requested: Folder on a local disk; if it already holds other files, a sub-folder is used.
         limit: Size of the folder in bytes.
     """
 
@@ -41,21 +41,21 @@ class CacheFolder:
 
     @property
     def path(self) -> Path:
-        """Where the files are, made and marked when first asked for.
+        """Path of the folder, which is created and marked on first use.
 
         Raises:
-            ValueError: it holds other things, and so does the sub-folder.
-            WriteError: it cannot be made.
+            ValueError: the folder and its sub-folder both hold other files.
+            WriteError: the folder cannot be created.
         """
         if self._path is None:
             self._path = _claim_folder(cache_folder(self.requested))
         return self._path
 
     def reserve(self, size: int, path: Path, lock: int | None) -> None:
-        """Make room for a download, by deleting the longest unused files, and note in its lock that it is taken.
+        """Make room for a download by deleting the least recently used files, and note its size in its lock file.
 
-        Whoever has a deleted file open can go on reading it. Where other downloads take all the room, they are waited
-        for. The folder is only listed when what is noted in it comes to the limit.
+        A process that has a deleted file open can go on reading it. If other downloads occupy all the room, this waits
+        for them. The folder is listed only when the noted bytes reach the limit.
         """
         if size > self.limit:
             raise ValueError(
@@ -78,7 +78,7 @@ class CacheFolder:
         return is_free or lock is None
 
     def _evict(self, size: int, keep: Path) -> int:
-        """Delete what need not be kept until `size` more fits, and some more; returns how much is in use."""
+        """Delete files until `size` more bytes fit, with some slack; returns the number of bytes in use."""
         kept: dict[Path, os.stat_result] = {}
         used, now, locks = 0, time.time(), []
         for file, about in self.files():
@@ -90,7 +90,7 @@ class CacheFolder:
                     _unlink(file)
             elif kind == ".part":
                 if file.with_suffix(".lock").exists():
-                    continue  # under way: its lock says how long it becomes
+                    continue  # still running: its lock holds its final size
                 if now - about.st_mtime > MAX_PART_DAYS * 86_400:
                     _unlink(file)
                 else:
@@ -102,7 +102,7 @@ class CacheFolder:
             if file == keep:
                 continue
             reserved = _reserved(lock)
-            if not reserved and file not in kept:  # it may have come just now
+            if not reserved and file not in kept:  # the download may have just finished
                 with suppress(OSError):
                     kept[file] = file.stat()
             used += reserved
@@ -117,7 +117,7 @@ class CacheFolder:
         return used
 
     def files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """The files in this folder that have a name which only this class gives."""
+        """The files of the cache, recognized by their names."""
         for file in self.path.glob("[0-9a-f][0-9a-f]/*"):
             if CACHE_NAME.fullmatch(file.name) and file.name.startswith(file.parent.name):
                 with suppress(OSError):
@@ -127,7 +127,7 @@ class CacheFolder:
 
 
 def _claim_folder(folder: Path) -> Path:
-    """A folder in which all is ours: this one if it is new, empty or marked, otherwise one inside it."""
+    """A folder of our own: the given one if it is new, empty or marked, otherwise a sub-folder of it."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"data.cache: {printable(folder)} is not a folder.")
     for candidate in (folder, folder / SUB_FOLDER):
@@ -136,7 +136,7 @@ def _claim_folder(folder: Path) -> Path:
             found = os.listdir(candidate)
             if MARKER in found:
                 return candidate
-            if not found:  # the mark is the first file in it, so that processes that start at once agree
+            if not found:  # the marker is the first file, so that processes that start together agree
                 (candidate / MARKER).write_text("Made by sslvit for shards from the network, and cleared by it.\n")
                 return candidate
     raise ValueError(
@@ -147,7 +147,7 @@ def _claim_folder(folder: Path) -> Path:
 
 @contextmanager
 def disk_errors_named(path: Path) -> Iterator[None]:
-    """Errors of this machine's disk get their own name: they are none of the network."""
+    """Raise errors of the local disk as WriteError, to tell them from errors of the network."""
     try:
         yield
     except WriteError:
@@ -158,7 +158,7 @@ def disk_errors_named(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(lock: Path, wait: bool = True) -> Iterator[int | None]:
-    """Hold a lock in the cache; errors of its file are those of the disk."""
+    """Hold a lock in the cache; raises WriteError if the lock file cannot be written."""
     with ExitStack() as stack:
         with disk_errors_named(lock):
             handle = stack.enter_context(lock_file(lock, wait))
@@ -166,7 +166,7 @@ def locked(lock: Path, wait: bool = True) -> Iterator[int | None]:
 
 
 def _reserved(lock: Path) -> int:
-    """Bytes that a download under way has reserved; 0 for one whose process was killed, and its lock goes."""
+    """Bytes reserved by a running download; 0 if its process was killed, and then the lock file is deleted."""
     note = _read_number(lock) or 0
     with lock_file(lock, wait=False) as handle:
         return note if handle is None else 0
@@ -180,7 +180,7 @@ def _read_number(path: Path) -> int | None:
 
 
 def _unlink(path: Path) -> bool:
-    """Whether the file is gone; one of another user stays."""
+    """Delete a file; returns False if it belongs to another user and stays."""
     try:
         path.unlink(missing_ok=True)
     except PermissionError:

@@ -1,9 +1,9 @@
 """Color jitter, grayscale, blur and solarization, batched, on any device (DINO, section 3.2).
 
-What happens to an image is drawn by key, once. Brightness, contrast and saturation commute with each other, so of
-their random order with the hue only one thing matters: which of them come before it. An image is therefore mapped
-once before its hue turns (in HSV, exactly as in PIL) and once after it. Against PIL's chain of steps one thing
-differs: values are rounded at the end and cut to 0..255 twice, not after each step.
+The changes of an image are sampled once, from its key. Brightness, contrast and saturation commute with each other, so
+their random order only decides which of them come before the hue. An image is therefore transformed once before its
+hue is shifted (in HSV, exactly as in PIL) and once after. The only difference from PIL's chain of steps is that values
+are rounded once at the end and clipped to 0..255 twice, not after each step.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ GRAY = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL
 COLUMNS = ("brightness", "contrast", "saturation", "hue", "order", "is_gray", "sigma", "is_solarized")
 ORDERS = list(itertools.permutations(range(4)))
 HUE = COLUMNS.index("hue")
-# for brightness, contrast and saturation a number whose bit `order` says whether it comes before the hue in that order
+# bit masks for brightness, contrast and saturation: bit i is set if the change comes before the hue in ORDERS[i]
 BEFORE_HUE = [
     sum(1 << number for number, order in enumerate(ORDERS) if order.index(kind) < order.index(HUE))
     for kind in range(HUE)
 ]
 SOLARIZE_THRESHOLD = 128
-TRUNCATE = 3  # standard deviations at which a blur's kernel ends
-MIN_SIGMA = 1e-3  # of rows that are not blurred, where a kernel has to be computed nevertheless
-PIXELS_AT_ONCE = 50_000  # on a CPU: what is worked on stays in its cache
+TRUNCATE = 3  # radius of the blur kernel in standard deviations
+MIN_SIGMA = 1e-3  # for rows without blur, whose kernel is computed all the same
+PIXELS_AT_ONCE = 50_000  # on a CPU, so that the working set stays in its cache
 
 
 def sample_colors(settings: MultiCropSettings, view: int, key: tuple[int, int], samples: np.ndarray) -> np.ndarray:
-    """What happens to the colors of one view of each sample: float32 'b columns', columns as in COLUMNS.
+    """Sample the color changes of one view of each sample: float32 'b columns', with the columns of COLUMNS.
 
     Args:
-        settings: probabilities and ranges.
+        settings: Probabilities and ranges.
         view: 0 and 1 for the global crops, then the local ones.
-        key: seed and epoch.
-        samples: their numbers.
+        key: Seed and epoch.
+        samples: Sample numbers.
     """
-    # the spelling is part of the key: another one would be other random numbers
+    # the British spelling is part of the key: changing it would change the random numbers
     uniform = rng.uniform((*key, f"colour {view}"), samples, 10)
     kind = min(view, 2)  # first global crop, second one, local crops
     is_changed = uniform[:, 0] < settings.jitter
@@ -61,11 +61,11 @@ def color_jitter(images: Tensor, draws: Tensor) -> Tensor:
     """Apply sampled color changes.
 
     Args:
-        images: pixels 0 to 255 of any dtype, 'b c h w'; hue, saturation and grayness need three channels.
+        images: Pixels 0 to 255 of any dtype, 'b c h w'; hue, saturation and grayscale need three channels.
         draws: Result of sample_colors, on the images' device.
 
     Returns:
-        float32 'b c h w', 0 to 255; whole numbers if the images' were.
+        float32 'b c h w', 0 to 255; rounded to whole numbers for images of an integer dtype.
     """
     if images.device.type != "cpu":
         return _change(images, draws)
@@ -105,9 +105,9 @@ def _change(images: Tensor, draws: Tensor) -> Tensor:
 
 
 def _rows(strength: Tensor) -> Tensor | slice | None:
-    """The rows that a change is for: on a CPU those where it is not zero, None if there are none.
+    """The rows that a change applies to: on a CPU the nonzero ones, or None if there are none.
 
-    Elsewhere all, which costs less than to wait for the device to say which.
+    On other devices all rows, since finding the nonzero ones would wait for the device.
     """
     if strength.device.type != "cpu":
         return slice(None)
@@ -116,12 +116,12 @@ def _rows(strength: Tensor) -> Tensor | slice | None:
 
 
 def _scale_in_place(pixels: Tensor, factors: Tensor, is_gray: Tensor | None = None) -> None:
-    """Brightness, contrast (around the image's mean gray) and saturation at once, then perhaps grayscale.
+    """Change brightness, contrast (around the mean gray value) and saturation at once, then convert to gray.
 
     Args:
         pixels: 'b c n'.
-        factors: Factors of the three, 'b 3'.
-        is_gray: 1 where color goes, 'b'.
+        factors: Factors of brightness, contrast and saturation, 'b 3'.
+        is_gray: 1 for images to convert to gray, 'b'; None for none.
     """
     brightness, contrast, saturation = (factors[:, i, None] for i in range(3))
     if pixels.shape[1] == 3:
@@ -136,22 +136,22 @@ def _scale_in_place(pixels: Tensor, factors: Tensor, is_gray: Tensor | None = No
 
 
 def _turn_hue_in_place(pixels: Tensor, hue: Tensor) -> None:
-    """Turn the hue of HSV, which leaves each pixel's largest and smallest value as they are.
+    """Shift the hue in HSV, which keeps the largest and smallest channel value of each pixel.
 
     Args:
         pixels: 'b 3 n', 0 to 255.
-        hue: turn as a fraction of the circle, 'b'.
+        hue: Shift as a fraction of the color circle, 'b'.
     """
     red, green, blue = pixels.unbind(1)
     largest = torch.maximum(torch.maximum(red, green), blue)
     span = largest - torch.minimum(torch.minimum(red, green), blue)
-    # 0 where the channel is the largest, otherwise 1; comparisons and torch.where take ten times as long
+    # 0 where the channel is the largest, otherwise 1; ten times as fast as comparisons and torch.where
     not_red, not_green = ((largest - channel).mul_(1e6).clamp_(max=1) for channel in (red, green))
-    # the hue as a fraction of the circle from red over green to blue, turned
+    # the shifted hue, as a fraction of the circle from red over green to blue
     turned = torch.lerp(green - blue, torch.lerp(blue - red, red - green, not_green), not_red)
     turned.div_(span.clamp(min=1e-6).mul_(6))
     turned.add_(not_green.add_(1).mul_(not_red).div_(3)).add_(hue[:, None])
-    for channel, opposite in enumerate((1 / 2, 5 / 6, 1 / 6)):  # where a channel is at its smallest: a sixth each side
+    for channel, opposite in enumerate((1 / 2, 5 / 6, 1 / 6)):  # hue at which the channel is smallest, +- 1/6
         distance = turned - opposite
         distance.sub_(distance.round()).abs_()  # on the circle
         below = distance.mul_(-6).add_(2).clamp_(0, 1)
@@ -159,17 +159,17 @@ def _turn_hue_in_place(pixels: Tensor, hue: Tensor) -> None:
 
 
 def _blur_in_place(images: Tensor, sigma: Tensor) -> None:
-    """Gaussian blur of the rows whose deviation is not zero; a separable kernel, mirrored at the border."""
-    max_radius = min(images.shape[2:]) - 1  # a mirror image has no more
-    if images.device.type == "cpu":  # one by one: no more taps than each needs, and plain numbers are faster
+    """Gaussian blur of the rows with nonzero sigma; a separable kernel with reflection at the border."""
+    max_radius = min(images.shape[2:]) - 1  # reflection padding allows no more
+    if images.device.type == "cpu":  # one by one: each with its own kernel size, and Python floats are faster
         for i in sigma.nonzero()[:, 0].tolist():
             images[i : i + 1] = _blur(images[i : i + 1], _kernel(float(sigma[i]), max_radius))
-    else:  # all at once, as matrices: how many taps they need is not known without waiting
+    else:  # all at once, as matrices: reading the kernel sizes would wait for the device
         images.copy_(torch.where(sigma[:, None, None, None] > 0, _blur_by_matrices(images, sigma, max_radius), images))
 
 
 def _kernel(sigma: float, max_radius: int) -> list[float]:
-    """Weights that sum to one; beyond TRUNCATE deviations there are none."""
+    """Weights of a Gaussian, cut off at TRUNCATE standard deviations; they sum to one."""
     radius = min(max(1, math.ceil(TRUNCATE * sigma)), max_radius)
     offset = torch.arange(-radius, radius + 1)
     weights = torch.exp(-0.5 * (offset / sigma) ** 2)
@@ -188,7 +188,7 @@ def _blur(images: Tensor, taps: list[float]) -> Tensor:
 
 
 def _blur_by_matrices(images: Tensor, sigma: Tensor, max_radius: int) -> Tensor:
-    """`_blur` of each row with its own deviation, as one product with a matrix for each axis."""
+    """`_blur` of each row with its own sigma, as one matrix product per axis."""
     b, c, h, w = images.shape
     rows = _blur_matrices(sigma, h, max_radius)
     columns = rows if h == w else _blur_matrices(sigma, w, max_radius)
@@ -197,9 +197,9 @@ def _blur_by_matrices(images: Tensor, sigma: Tensor, max_radius: int) -> Tensor:
 
 
 def _blur_matrices(sigma: Tensor, length: int, max_radius: int) -> Tensor:
-    """(b, length, length): how much of each pixel goes into each blurred one, along one axis.
+    """(b, length, length): weight of each input pixel in each blurred pixel, along one axis.
 
-    A pixel has three places: its own, and its mirror images beyond the two ends; the pixels at the ends have no other.
+    A pixel counts at three positions: its own, and its reflections at both ends; an end pixel is not reflected there.
     """
     pixel = torch.arange(length, device=sigma.device)
     into, far, last = pixel[:, None], 2 * length + max_radius, length - 1

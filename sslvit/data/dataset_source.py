@@ -1,4 +1,4 @@
-"""Data sets from Python, from Hugging Face or from torchvision -> samples to pack."""
+"""Samples to pack from data sets given from Python, by Hugging Face or by torchvision."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from sslvit.environment import require_packages
 from sslvit.files import printable
 from sslvit.settings.pack import SourceOptions
 
-HUGGING_FACE, TORCHVISION = "hf:", "torchvision:"  # what names of data sets of these libraries begin with
-SAVED = ("state.json", "dataset_dict.json")  # of a folder of `save_to_disk`
-TRAIN_WORDS = {"train": True, "test": False, "val": False}  # --split of data sets that have two, and a switch for them
-SIZED = 16  # images whose mean length is taken for that of all
+HUGGING_FACE, TORCHVISION = "hf:", "torchvision:"  # prefixes of the names of their data sets
+SAVED = ("state.json", "dataset_dict.json")  # files that `save_to_disk` writes
+TRAIN_WORDS = {"train": True, "test": False, "val": False}  # --split for data sets with an argument `train`
+SIZED = 16  # images read to estimate the mean size of all
 
 
 class DatasetImages:
-    """Images of a data set object; files go in as they are, other images as PNG or, of other channels, as .npy."""
+    """Images of a data set object: files unchanged, decoded images as PNG, or as .npy for other numbers of channels."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
@@ -44,21 +44,21 @@ class DatasetImages:
         """Return an image as the bytes of a file.
 
         Raises:
-            BadImage: there is none.
+            BadImage: the sample has no image.
         """
         content, _ = self.samples.read(item)
         return content if isinstance(content, bytes) else encoded(content)
 
 
 def dataset_source(dataset: Any, label_column: str | None = None) -> ImageSource:
-    """The images of a data set object, with its labels.
+    """Read the images of a data set object, with its labels.
 
     Args:
         dataset: A map-style data set.
-        label_column: Column of labels in a table of Hugging Face; None for the one that its type or name tells.
+        label_column: Label column of a Hugging Face table; None to find it by type or name.
 
     Raises:
-        ValueError: not map-style, or no images in it.
+        ValueError: the data set is not map-style or holds no images.
     """
     samples = samples_of(dataset, label_column)
     *_, examples = look_at(samples)
@@ -70,7 +70,7 @@ def dataset_source(dataset: Any, label_column: str | None = None) -> ImageSource
 
 
 def _usual_size(samples: Samples) -> int:
-    """About how many bytes an image takes."""
+    """Approximate size of an image in bytes."""
     source, sizes = DatasetImages(samples), []
     for item in evenly_spaced(len(samples), SIZED):
         with suppress(BadImage):
@@ -82,16 +82,16 @@ def _usual_size(samples: Samples) -> int:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether Hugging Face's `save_to_disk` has written a folder."""
+    """Whether a folder was written by Hugging Face's `save_to_disk`."""
     return any((folder / name).is_file() for name in SAVED)
 
 
 def hugging_face_source(name: str, options: SourceOptions) -> ImageSource:
-    """Images of Hugging Face's data set hf:NAME or hf:NAME:CONFIG, or of a folder that `save_to_disk` has written.
+    """Images of a Hugging Face data set, hf:NAME or hf:NAME:CONFIG, or of a folder written by `save_to_disk`.
 
     Raises:
         ImportError: the library is not installed.
-        ValueError: no such data set or split, or no images in it.
+        ValueError: there is no such data set or split, or it holds no images.
     """
     require_packages(printable(name), "sslvit[datasets]", "datasets")
     import datasets
@@ -117,16 +117,16 @@ def hugging_face_source(name: str, options: SourceOptions) -> ImageSource:
 
 
 def _loaded(name: str, load: Callable[[], Any]) -> Any:
-    """What that library loads; whatever it raises in one line."""
+    """Call `load`; any exception becomes a ValueError of one line."""
     try:
         return load()
-    except Exception as error:  # of files, the network, formats, and its own
+    except Exception as error:  # from files, the network, formats or the library itself
         reason = printable(" ".join(str(error).split()), 200)
         raise ValueError(f"{printable(name)}: cannot be loaded ({type(error).__name__}: {reason}).") from error
 
 
 def _only_split(name: str, names: list[str], requested: str | None) -> str:
-    """The split that is asked for, or the only one."""
+    """The requested split, or the only one."""
     if requested is None and len(names) == 1:
         return names[0]
     if requested not in names:
@@ -139,7 +139,7 @@ def torchvision_source(name: str, options: SourceOptions) -> ImageSource:
     """Images of one of torchvision's data sets, such as torchvision:CIFAR100.
 
     Raises:
-        ValueError: no such data set or split, or its files are not there.
+        ValueError: there is no such data set or split, or its files are missing.
     """
     from torchvision import datasets
 
@@ -161,7 +161,7 @@ def torchvision_source(name: str, options: SourceOptions) -> ImageSource:
         raise ValueError(f"{printable(name)}: torchvision cannot download it. Leave --download out.")
     try:
         dataset = kind(**given)
-    except Exception as error:  # of files, the network, and values of arguments
+    except Exception as error:  # from files, the network or the values of arguments
         reason = printable(" ".join(str(error).split()), 160)
         remedy = "" if options.download else f" Is it in {printable(options.root)}? --download fetches it there."
         raise ValueError(f"{printable(name)}: {reason.rstrip('.')}.{remedy}") from error
@@ -169,7 +169,7 @@ def torchvision_source(name: str, options: SourceOptions) -> ImageSource:
 
 
 def _split_keyword(name: str, parameters: Any, split: str) -> dict[str, Any]:
-    """A split as the keyword by which a data set of torchvision is told it."""
+    """The keyword argument that selects a split of a torchvision data set."""
     for keyword in ("split", "image_set"):
         if keyword in parameters:
             return {keyword: split}

@@ -1,7 +1,7 @@
-"""Bytes -> image, at the resolution that its views need.
+"""Decode images, at the resolution that their views need.
 
-Pixels are uint8, or float32 in the same units (0 to 255) for sets of 16-bit images, which lose nothing so. Images are
-turned upright as their EXIF orientation says, unless their stored pixels are asked for.
+Pixels are uint8, or float32 in the same units (0 to 255) for data sets of 16-bit images, which lose no precision.
+Images are rotated upright by their EXIF orientation, unless the index asks for the pixels as stored.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from sslvit.data.header import (
 )
 from sslvit.data.orientation import turn
 
-MAX_UINT16 = 65_535  # value of a pixel of 16 bits
-REDUCTIONS = (8, 4, 2)  # at which a JPEG can be decoded without computing all of its pixels
+MAX_UINT16 = 65_535  # largest value of a 16-bit pixel
+REDUCTIONS = (8, 4, 2)  # factors by which a JPEG can be shrunk while it is decoded
 
 
 class Scratch:
-    """Memory for one decoded image after the other: fresh memory for each would take a seventh of the time."""
+    """A buffer that is reused for decoded images; allocating one per image takes a seventh of the decoding time."""
 
     def __init__(self) -> None:
         self.memory = np.empty(0, np.uint8)
 
     def buffer(self, size: int) -> np.ndarray:
-        """Return at least `size` bytes."""
+        """Return a buffer of at least `size` bytes."""
         if len(self.memory) < size:
             self.memory = np.empty(size, np.uint8)
         return self.memory
 
 
 def check_whole(content: bytes, header: Header, fully: bool = False) -> None:
-    """Raise BadImage for an image whose header is right and whose pixels are not.
+    """Raise BadImage for an image with a valid header but damaged pixels.
 
-    Whether a file is whole is asked of its end, which takes no time. It is decoded `fully` only on demand, or without
-    a proper end.
+    A file with an end marker counts as whole, which is fast to check. It is decoded if `fully` is set or the end marker
+    is missing.
     """
     if fully or not has_end_marker(content):
         decode_pixels(content, header.channels, header.bits, header=header)
@@ -63,7 +63,7 @@ def decode(
     header: Header | None = None,
     scratch: Scratch | None = None,
 ) -> Tensor:
-    """decode_pixels as a tensor 'c h w', channels last in memory."""
+    """Call decode_pixels; returns a tensor 'c h w' that is channels-last in memory."""
     return torch.from_numpy(decode_pixels(content, channels, bits, reduction, header, scratch)).permute(2, 0, 1)
 
 
@@ -80,13 +80,13 @@ def decode_pixels(
     Args:
         content: Bytes of the file, or a decoded image.
         channels: Number of channels of the result.
-        bits: 8 for uint8; 16 for float32 in the same units, with what 16-bit images know beyond them.
-        reduction: 1, 2, 4 or 8: a JPEG's sides are divided by it, in much less time; others ignore it.
-        header: Header of the file, if it was read before.
-        scratch: memory for the result, which then lasts until the next image; None for memory of its own.
+        bits: 8 for uint8; 16 for float32 in the same units, with the precision of 16-bit images.
+        reduction: 1, 2, 4 or 8: divides the sides of a JPEG, which saves much time; other formats ignore it.
+        header: Header of the file, if it is known already.
+        scratch: Buffer for the result, which is then valid only until the next image; None for new memory.
 
     Raises:
-        BadImage: the bytes are no image, a damaged one, or one with other channels that cannot be converted.
+        BadImage: not an image, a damaged one, or one whose channels cannot be converted.
     """
     header = header or read_header(content)
     try:
@@ -99,12 +99,12 @@ def decode_pixels(
 
 
 def reduction_for(min_zoom: float, header: Header) -> int:
-    """The largest reduction that leaves every view at least as many pixels as it shows.
+    """The largest reduction that leaves every view at least its own resolution.
 
     Args:
-        min_zoom: image pixels per view pixel, of the view that magnifies most.
-        header: The image's header. An image that is turned is only reduced by what divides its sides: the pixels at its
-            far edge would be incomplete, and turning would bring them to the near one.
+        min_zoom: Image pixels per view pixel of the view that magnifies most.
+        header: The image's header. A rotated image is only reduced by factors that divide its sides: otherwise the
+            last row and column are incomplete, and the rotation may move them to the first.
     """
     return next(
         (
@@ -144,10 +144,10 @@ def _pixels(
 
 
 def as_uint16(wide: np.ndarray) -> np.ndarray:
-    """Integers as 16 bits.
+    """Convert integers to uint16.
 
     Raises:
-        BadImage: They are outside of 0 to 65,535.
+        BadImage: some values are outside 0 to 65,535.
     """
     if wide.dtype.itemsize > 2 and not 0 <= wide.min() <= wide.max() <= MAX_UINT16:
         raise BadImage(
@@ -160,7 +160,7 @@ def as_uint16(wide: np.ndarray) -> np.ndarray:
 def _jpeg_pixels(
     content: bytes, header: Header, channels: int, reduction: int, scratch: Scratch | None
 ) -> np.ndarray | None:
-    """None where PIL should decide: other channels, or a file that libjpeg complains of."""
+    """Decode with simplejpeg; None to leave it to PIL: other channels, or a file that libjpeg rejects."""
     if channels != 3 and header.channels != channels:
         return None
     height, width = header.stored_sides

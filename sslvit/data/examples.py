@@ -1,4 +1,4 @@
-"""Some images of a data set, packed or not: how large they are, and how fast one core decodes them."""
+"""Example images of a data set, packed or not: their sizes, and how fast one core decodes them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from sslvit.data.stream import StreamIndex
 from sslvit.data.views import Views
 from sslvit.files import expand_path
 
-EXAMPLES = 32  # images that are looked at
-DECODED_SECONDS = 1.0  # how long decoding is measured, at most
-FILES_AT_ONCE, DECODED_AT_ONCE = 4, 128  # images of a batch that is timed
+EXAMPLES = 32  # images to read
+DECODED_SECONDS = 1.0  # maximum time for measuring the decoding speed
+FILES_AT_ONCE, DECODED_AT_ONCE = 4, 128  # images per timed batch
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Examples:
         location: Folder or address of the data set.
         images: Number of its images.
         classes: Number of its classes; None for images without labels.
-        contents: The images that are looked at, as files or decoded; none where they would have to be fetched.
+        contents: The example images, as files or decoded; empty for remote data, which is not fetched.
     """
 
     location: str
@@ -48,23 +48,23 @@ class Examples:
 
     @classmethod
     def of(cls, index: Index | StreamIndex, count: int = EXAMPLES) -> Examples:
-        """Images of a data set that is indexed."""
+        """Examples of an indexed data set."""
         classes = len(index.classes) if index.classes else None
         contents: list[Content] = []
         if not isinstance(index, StreamIndex) and not index.is_remote:
             reader = ShardReader(index, index.channels, 0)
             for sample in evenly_spaced(len(index), count):
-                with suppress(BadImage, ReadError):  # a run says what it cannot read
+                with suppress(BadImage, ReadError):  # a run reports unreadable images
                     contents.append(reader.read(int(sample)))
         return cls(index.location, len(index), classes, contents)
 
     @classmethod
     def open(cls, source: str | Path, cache: ShardCache | None = None, count: int = EXAMPLES) -> Examples:
-        """Images of whatever a user names as data; a folder of images is looked at and not packed.
+        """Examples of any data that a user can name; a folder of images is read without packing it.
 
         Raises:
-            FileNotFoundError: nothing given, or nothing there.
-            ValueError: no images there, or a damaged index.
+            FileNotFoundError: no data is given, or it does not exist.
+            ValueError: there are no images, or the index is damaged.
         """
         if not is_image_folder(source):
             return cls.of(open_shards(source, cache), count)
@@ -75,7 +75,7 @@ class Examples:
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """Heights and widths in pixels of the images that can be read."""
+        """Heights and widths in pixels of the readable images."""
         sizes = []
         for content in self.contents:
             with suppress(BadImage):
@@ -85,35 +85,35 @@ class Examples:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Median height and width of the images in pixels; None where none can be read."""
+        """Median height and width of the images in pixels; None if none is readable."""
         if not self.sizes:
             return None
         height, width = np.median(self.sizes, axis=0).astype(int).tolist()
         return height, width
 
     def fits_in_memory(self, channels: int, memory_limit_mb: int) -> bool:
-        """Whether a run decodes the data set once: as `reader.fits_in_memory`, by the images that are looked at."""
+        """Whether a run would decode the data set once; `reader.fits_in_memory`, estimated from the examples."""
         sizes = self.sizes
         if len(set(sizes)) != 1 or max(sizes[0]) > SMALL_SIDE or len(sizes) < len(self.contents):
             return False
         return self.images * channels * sizes[0][0] * sizes[0][1] <= memory_limit_mb * 2**20
 
     def images_per_second(self, views: Views, channels: int, memory_limit_mb: int = 0) -> float | None:
-        """Images that one core decodes and crops in a second; None where none can be read.
+        """Images that one core decodes and crops per second; None if none is readable.
 
-        Those of a small set, which a run decodes once, are decoded before, and cropped in large batches.
+        A small data set, which a run decodes only once, is decoded beforehand and cropped in large batches.
         """
         named = {number: (str(number), content) for number, content in enumerate(self.contents)}
         reader, samples = MemoryReader(named, channels), np.arange(len(named))
         batches = [samples[start : start + FILES_AT_ONCE] for start in range(0, len(samples), FILES_AT_ONCE)]
         if self.fits_in_memory(channels, memory_limit_mb):
-            with suppress(BadImage):  # then images are decoded one by one, and the others counted
+            with suppress(BadImage):  # otherwise decode one by one and count the readable ones
                 decoded = np.stack([decode_pixels(one, channels) for one in self.contents])
                 reader.decoded = rearrange(torch.from_numpy(decoded), "n h w c -> n c h w").contiguous()
                 batches = [np.resize(samples, DECODED_AT_ONCE)] * 8
-                make_batch(reader, views, batches[0], np.zeros_like(batches[0]))  # the first takes memory
+                make_batch(reader, views, batches[0], np.zeros_like(batches[0]))  # warm-up: allocates memory
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # what is said is a core's
+        torch.set_num_threads(1)  # measure a single core
         try:
             done, start = 0, time.perf_counter()
             for batch in batches:

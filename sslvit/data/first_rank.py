@@ -1,7 +1,8 @@
-"""Who walks an image folder when a run starts: the first process on each machine, which tells the others what it found.
+"""List an image folder only once per machine: the first process does it and publishes the result to the others.
 
-At that time the processes know nothing of each other yet but what their launcher says: torchrun and Lightning a local
-rank, SLURM its job. A note in the cache names the launch, so that one of an earlier start is not taken for this one's.
+The processes are not connected yet at that point and only know what their launcher tells them: torchrun and Lightning
+set a local rank, SLURM a job. The result is a note in the cache that identifies the launch, so that a note from an
+earlier launch is ignored.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from sslvit.files import WriteError, is_running, printable, write_atomically
 
 logger = logging.getLogger(__name__)
 
-MAX_WAIT_SECONDS = 60.0  # for a note of this launch; after that, a process walks the folder itself
+MAX_WAIT_SECONDS = 60.0  # for a note of this launch; after that, a process lists the folder itself
 POLL_SECONDS = 0.1
 
 
 def is_local_rank_zero() -> bool:
-    """Whether this process is the first of its run on this machine, or the only one."""
+    """Whether this is the first or only process of its run on this machine."""
     if "LOCAL_RANK" in os.environ:
         return os.environ["LOCAL_RANK"] == "0"
     return not _is_slurm_task() or os.environ.get("SLURM_LOCALID", "0") == "0"
@@ -33,9 +34,9 @@ def is_local_rank_zero() -> bool:
 
 @contextmanager
 def publish_folder(notes: Path, source: Path) -> Iterator[Callable[[Path], None]]:
-    """Walk a folder for the other processes of this machine; the block calls what it gets with the result.
+    """List a folder on behalf of the other processes on this machine; yields a function that publishes the result.
 
-    Where no note can be written, each of the others walks by itself after a while.
+    If no note can be written, the other processes list the folder themselves after a timeout.
     """
     identity = _identity(os.getpid())
     about = {"walker": [os.getpid(), identity], "launches": [identity, *_launches()]}
@@ -51,12 +52,12 @@ def publish_folder(notes: Path, source: Path) -> Iterator[Callable[[Path], None]
         yield publish
     except BaseException:
         with suppress(OSError):
-            note.unlink()  # the others meet the error themselves
+            note.unlink()  # the other processes run into the same error themselves
         raise
 
 
 def wait_for_folder(notes: Path, source: Path) -> Path | None:
-    """What the first process of this launch found; None where it tells nothing, so that one has to walk oneself."""
+    """The folder published by the first process of this launch; None if there is none, so list the folder yourself."""
     note, deadline, is_reported = _note_path(notes, source), time.monotonic() + MAX_WAIT_SECONDS, False
     while time.monotonic() < deadline:
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -66,8 +67,8 @@ def wait_for_folder(notes: Path, source: Path) -> Path | None:
                     return Path(about["found"])
                 process, identity = about["walker"]
                 if _identity(int(process)) != identity:
-                    return None  # it has ended without a word
-                deadline = time.monotonic() + MAX_WAIT_SECONDS  # it is at work, which may take long
+                    return None  # it ended without a result
+                deadline = time.monotonic() + MAX_WAIT_SECONDS  # it is still working, which may take long
         if not is_reported:
             is_reported = True
             logger.info(f"{printable(source)}: waiting for the first process on this machine to walk it")
@@ -81,7 +82,7 @@ def _note_path(notes: Path, source: Path) -> Path:
 
 
 def _launches() -> list[str]:
-    """What this process shares with the others of its run: its parent and how often that began anew, or its job."""
+    """Identifiers shared by the processes of a run: the parent process and its restart count, or the SLURM job step."""
     if _is_slurm_task() and "LOCAL_RANK" not in os.environ:
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
         return ["slurm " + " ".join(os.environ.get(name, "") for name in names)]
@@ -94,7 +95,7 @@ def _is_slurm_task() -> bool:
 
 
 def _identity(process: int) -> str:
-    """A process by its number and the time at which it began, as numbers are used again."""
+    """Identify a process by PID and start time, since PIDs are reused."""
     try:
         began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""A folder of images -> samples: class folders or one flat folder; what is skipped is counted and reported."""
+"""Samples from a folder of images: class folders or one flat folder; skipped files are counted and reported."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sslvit.files import expand_path, printable
 from sslvit.progress import track_counter
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
-# what systems and archives leave beside people's files
+# files and folders left by operating systems and archives
 SYSTEM_NAMES = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
                 "Thumbs.db", "desktop.ini"}  # fmt: skip
 
 
 @dataclass
 class _Skipped:
-    """What a walk skipped.
+    """Files and folders skipped while listing a folder.
 
     Args:
-        endings: files that are not read as images, by ending.
-        system: hidden and system files and folders, by name.
-        reasons: Reasons for other entries, by path.
+        endings: Number of files that are not images, by file ending.
+        system: Number of hidden and system files and folders, by name.
+        reasons: Path of any other skipped entry -> reason.
     """
 
     endings: Counter = field(default_factory=Counter)
@@ -37,12 +37,12 @@ class _Skipped:
 
 
 def folder_source(source: Path) -> ImageSource:
-    """The images of a folder in the order of their names, and the classes if there are folders of them.
+    """List the images of a folder, sorted by name, with the folder names as classes if there are folders.
 
-    Links to folders are followed. Hidden and system files are skipped, folders without images are no classes.
+    Links to folders are followed. Hidden and system files are skipped; a folder without images is not a class.
 
     Raises:
-        ValueError: no images there, images beside folders of images, or train/ and val/ instead of classes.
+        ValueError: there are no images, images lie beside folders of images, or the folders are splits, not classes.
     """
     if not source.is_dir():
         raise ValueError(f"{printable(source)}: no such folder.")
@@ -93,14 +93,14 @@ def folder_source(source: Path) -> ImageSource:
 
 
 def check_labeled(option: str, source: str | Path | None) -> None:
-    """Refuse images that lie side by side where labels are needed, before they are packed.
+    """Reject a flat image folder where labels are needed, before it is packed.
 
     Args:
-        option: What named them, for the message.
-        source: What was named; anything but an image folder passes.
+        option: Option that named the source, for the message.
+        source: The source; anything but an image folder passes.
 
     Raises:
-        ValueError: They have no folders that could be classes.
+        ValueError: the images do not lie in class folders.
     """
     folder = Path(expand_path(source or ""))
     if not source or not folder.is_dir() or (folder / "index.json").exists() or any(folder.glob("*.tar")):
@@ -116,7 +116,7 @@ def check_labeled(option: str, source: str | Path | None) -> None:
 
 
 def _entries(folder: str | Path, skipped: _Skipped) -> list[os.DirEntry]:
-    """What a folder holds by name, without hidden and system files."""
+    """The entries of a folder, sorted by name, without hidden and system files."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
@@ -132,7 +132,7 @@ def _entries(folder: str | Path, skipped: _Skipped) -> list[os.DirEntry]:
 
 
 def _images_below(folder: str, root: Path, skipped: _Skipped, above: tuple[str, ...]) -> Iterator[str]:
-    """All images at any depth, in the order of their names."""
+    """Paths of all images at any depth, sorted by name."""
     real = os.path.realpath(folder)
     if real in above:
         skipped.reasons[os.path.relpath(folder, root)] = "a link to a folder above it"
@@ -147,12 +147,15 @@ def _images_below(folder: str, root: Path, skipped: _Skipped, above: tuple[str, 
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a circle of links
+    except OSError:  # a link that leads back to itself
         return False
 
 
 def _is_image(entry: os.DirEntry, root: Path, skipped: _Skipped) -> bool:
-    """By its name. Links to nowhere are images that will be named as unreadable; pipes and devices would hang."""
+    """Whether an entry is an image by its name. Broken links count, so that they are reported as unreadable.
+
+    Pipes and devices do not count, since reading them could block.
+    """
     suffix = os.path.splitext(entry.name)[1].lower()
     if suffix not in IMAGE_SUFFIXES or entry.name == "index.npy":
         skipped.endings[os.path.splitext(entry.name)[1] or "no ending"] += 1
@@ -170,7 +173,7 @@ def _sample(files: FileImages, path: str, root: Path) -> Sample:
     stem, suffix = os.path.splitext(os.path.relpath(path, root))
     try:
         about = os.stat(path)
-    except OSError:  # a link to nowhere is skipped when it is read
+    except OSError:  # a broken link is skipped when it is read
         return Sample(stem, suffix.lower(), files, path, NO_LABEL)
     return Sample(stem, suffix.lower(), files, path, NO_LABEL, about.st_size, about.st_mtime_ns)
 
@@ -190,7 +193,7 @@ def _notes(skipped: _Skipped, empty: list[str]) -> list[str]:
 
 
 def _skipped(skipped: _Skipped, empty: list[str]) -> dict[str, str]:
-    """The same for the index."""
+    """Skipped entries with reasons, as the index records them."""
     endings = {f"*{ending}": f"{count} files that are not read as images" for ending, count in skipped.endings.items()}
     system = dict.fromkeys(skipped.system, "a hidden or system file or folder")
     return endings | system | {f"{name}/": "a folder without images" for name in empty} | skipped.reasons
@@ -202,13 +205,13 @@ def _counted(counts: Counter) -> str:
 
 
 def _extra(ending: str) -> str:
-    """How to have these files read, where there is a way."""
+    """Hint on how to read files with this ending, or an empty string."""
     extra = EXTRAS.get(ending.lower())
     return f" (to read them: {extra})" if extra and ending.lower() not in IMAGE_SUFFIXES else ""
 
 
 def _contents(source: Path, skipped: _Skipped) -> str:
-    """What a folder without images holds, for the message."""
+    """Describe the contents of a folder without images, for the message."""
     if sets := sets_below(source):
         names = brief_names([str(path.relative_to(source)) for path in sets])
         return f"(shards lie in its folders {names}; name one of them, such as {printable(sets[0])})"

@@ -1,4 +1,4 @@
-"""Which image formats are read, and what a file tells before its pixels are decoded: size, channels, damage."""
+"""Supported image formats, and what is known of a file before it is decoded: size, channels, damage."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from sslvit.data.orientation import START_OF_SCAN, exif_orientation, inverse_ori
 from sslvit.files import printable
 from sslvit.settings.data import MAX_PIXELS
 
-try:  # 1.4 times as many JPEGs per second as PIL, with the same pixels
+try:  # decodes JPEGs 1.4 times as fast as PIL, to the same pixels
     import simplejpeg
 except ImportError:
     simplejpeg = None
 
-SUSPICIOUS_PIXELS = 1_000_000  # from here on, a file of almost no bytes counts as damaged
-MAX_SCANS = 100  # of a progressive JPEG and its thumbnails; encoders write about ten
-MAX_PIXELS_PER_BYTE = 2000  # deflate's limit is 1032 values to a byte
+SUSPICIOUS_PIXELS = 1_000_000  # above this size, a file of very few bytes counts as damaged
+MAX_SCANS = 100  # in a progressive JPEG with its thumbnails; encoders write about ten
+MAX_PIXELS_PER_BYTE = 2000  # deflate reaches at most 1032 values per byte
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # other numbers of channels are stored as arrays
 HAS_AVIF = find_spec("PIL._avif") is not None
 HAS_HEIF = find_spec("pillow_heif") is not None
 HAS_TIFFFILE = find_spec("tifffile") is not None
-FORMATS = (  # others, such as EPS, would start programs
+FORMATS = (  # PIL starts external programs for others, such as EPS
     "JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", *(["AVIF"] if HAS_AVIF else []),
 )  # fmt: skip
 MAX_REASON = 250  # characters
 NPY = b"\x93NUMPY"
-Content = bytes | Image.Image | np.ndarray  # an image as a file, or decoded: as PIL's, or 'h w c' of 8 or 16 bits
+Content = bytes | Image.Image | np.ndarray  # bytes of a file, or a decoded image: PIL, or 'h w c' of 8 or 16 bits
 TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 HEIF = re.compile(rb".{4}ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", re.DOTALL)
 IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".npy",
     *([".avif"] if HAS_AVIF else []), *([".heic", ".heif"] if HAS_HEIF else []),
 }  # fmt: skip
-EXTRAS = {  # what reads other formats, by ending
+EXTRAS = {  # file ending -> what to install to read it
     ".avif": "a Pillow that was built with AVIF", ".heic": "pip install 'sslvit[heif]'",
     ".heif": "pip install 'sslvit[heif]'",
 }  # fmt: skip
 
-# BadImage says what is wrong with an image; PIL's and tifffile's own warnings would repeat it for each image
+# BadImage reports what is wrong with an image; warnings of PIL and tifffile would only repeat it
 warnings.filterwarnings("ignore", module="PIL")
 for name in ("tifffile", "PIL.TiffImagePlugin"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; the message is the reason, in one short line whatever the file says."""
+    """An image that cannot be used; the message is the reason, always one short printable line."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(printable(reason, MAX_REASON))
@@ -63,10 +63,10 @@ class BadImage(ValueError):
 
 @dataclass
 class Header:
-    """What an image says of itself before its pixels are computed.
+    """Properties of an image that are known before its pixels are decoded.
 
-    The sides are those of the image as it is returned, which `orientation` (of EXIF, 1 for none) turns. The mode is
-    PIL's name (RGB, L, I;16, CMYK ...), or "array".
+    Height and width are those after rotation by `orientation` (the EXIF value, 1 for upright). The mode is PIL's name
+    (RGB, L, I;16, CMYK ...), or "array".
     """
 
     height: int
@@ -78,7 +78,7 @@ class Header:
     orientation: int = 1
 
     def turned(self, orientation: int) -> Header:
-        """The same image, returned in this orientation."""
+        """Set the orientation, swapping height and width if needed; returns self."""
         if swaps_sides(orientation):
             self.height, self.width = self.width, self.height
         self.orientation = orientation
@@ -91,15 +91,15 @@ class Header:
 
 
 def read_header(content: Content, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Header:
-    """Size and type of an image.
+    """Read size and type of an image.
 
     Args:
         content: Bytes of the file, or a decoded image.
         max_pixels: Number of pixels of the largest image that is accepted.
-        upright: turn it as its EXIF orientation says; otherwise its pixels stay as they are stored.
+        upright: Rotate it by its EXIF orientation; otherwise its pixels stay as stored.
 
     Raises:
-        BadImage: empty, of unknown format, or too large.
+        BadImage: the image is empty, damaged, of an unknown format or too large.
     """
     if not isinstance(content, bytes):
         return _check_pixels(_decoded_header(content, upright), max_pixels)
@@ -122,14 +122,14 @@ def read_header(content: Content, max_pixels: int = MAX_PIXELS, upright: bool = 
 
 
 def _check_pixels(header: Header, max_pixels: int) -> Header:
-    """The header, unless the image is too large."""
+    """Return the header; raises BadImage if the image is too large."""
     if header.height * header.width > max_pixels:
         raise BadImage(f"{header.width} x {header.height} pixels, more than {max_pixels} (data.max_pixels)")
     return header
 
 
 def suffix_of(content: bytes) -> str:
-    """The usual suffix of an image file by its first bytes; that of PNG where they tell nothing."""
+    """The usual suffix of an image file, from its first bytes; .png if they are unknown."""
     starts = {
         b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp", NPY: ".npy",
         **dict.fromkeys(TIFFS, ".tif"),
@@ -140,21 +140,21 @@ def suffix_of(content: bytes) -> str:
 
 
 def has_end_marker(content: bytes) -> bool:
-    """Whether the file goes on to the mark that ends an image of its format; False also where there is none."""
+    """Whether the file contains the end marker of its format; False for formats without one."""
     if content.startswith(b"\xff\xd8"):
         scans = [start for marker, start, _ in jpeg_segments(content) if marker == START_OF_SCAN]
-        return bool(scans) and content.rfind(b"\xff\xd9") > scans[0]  # a thumbnail in a segment has an end of its own
+        return bool(scans) and content.rfind(b"\xff\xd9") > scans[0]  # a thumbnail in a segment has its own end marker
     if content.startswith(b"\x89PNG"):
         return b"IEND" in content[-64:]
     if content.startswith(b"RIFF"):
         return len(content) >= 8 + int.from_bytes(content[4:8], "little")
     if content.startswith(b"GIF8"):
         return content.rstrip(b"\0").endswith(b";")
-    return content.startswith(NPY)  # whose header has told the length
+    return content.startswith(NPY)  # its length was checked with the header
 
 
 def open_image(content: bytes) -> Image.Image:
-    """The image as PIL opens it, in the formats that start no programs."""
+    """Open an image with PIL, in formats for which PIL starts no external programs."""
     if HAS_HEIF and HEIF.match(content[:12]):
         import pillow_heif
 
@@ -180,7 +180,7 @@ def _pil_header(content: bytes, max_pixels: int, upright: bool) -> Header:
 
 
 def _parse_header(image: Image.Image, content: bytes, max_pixels: int, upright: bool) -> Header:
-    if isinstance(image, TiffImageFile) and image.tag_v2.get(277, 1) > 4:  # of planes side by side, PIL shows the first
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(277, 1) > 4:  # PIL reads only the first of separate planes
         return _tiff_header(content)
     header = _picture_header(image)
     header.is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
@@ -188,17 +188,18 @@ def _parse_header(image: Image.Image, content: bytes, max_pixels: int, upright: 
         tile = int(image.tag_v2.get(322, 1)) * int(image.tag_v2.get(323, 1))
         if tile > max_pixels:
             raise BadImage(f"damaged image (a tile of {tile} pixels)")
-        # PIL turns these by itself
+        # PIL already rotates TIFFs
         return header if upright else header.turned(inverse_orientation(image.tag_v2.get(274, 1)))
     if not upright:
         return header
-    is_known = content.startswith((b"\xff\xd8", b"\x89PNG"))  # PIL decodes a PNG to look for what follows its pixels
+    # PIL would decode a PNG to find an EXIF chunk behind its pixels
+    is_known = content.startswith((b"\xff\xd8", b"\x89PNG"))
     orientation = exif_orientation(content) if is_known else image.getexif().get(274, 1)
     return header.turned(orientation if orientation in range(1, 9) else 1)
 
 
 def _picture_header(image: Image.Image) -> Header:
-    """Of an image that PIL knows, before it is turned."""
+    """Header of a PIL image, before rotation."""
     if image.mode == "F":
         raise BadImage("an image of floating-point numbers, which have no agreed range; store 8 or 16 bits")
     is_16_bit = image.mode.startswith("I")
@@ -207,7 +208,7 @@ def _picture_header(image: Image.Image) -> Header:
 
 
 def _decoded_header(image: Image.Image | np.ndarray, upright: bool) -> Header:
-    """Of an image that is decoded already."""
+    """Header of a decoded image."""
     if isinstance(image, np.ndarray):
         height, width, channels = image.shape
         return Header(height, width, "array", channels, 8 * image.dtype.itemsize)
@@ -216,13 +217,13 @@ def _decoded_header(image: Image.Image | np.ndarray, upright: bool) -> Header:
 
 
 def _tiff_header(content: bytes) -> Header:
-    """Of a TIFF that PIL does not open, which has five channels and more."""
+    """Header of a TIFF that PIL cannot open, such as one of five or more channels."""
     array = read_tiff(content, shape_only=True)
     return Header(array.shape[0], array.shape[1], "array", array.shape[2], 8 * array.dtype.itemsize)
 
 
 def read_tiff(content: bytes, shape_only: bool = False) -> np.ndarray:
-    """A TIFF of any number of channels as 'h w c'."""
+    """Read a TIFF of any number of channels as 'h w c'; with `shape_only`, zeros of its shape and dtype."""
     if not HAS_TIFFFILE:
         raise BadImage("a TIFF that needs tifffile, as those of five and more channels do (pip install 'sslvit[tiff]')")
     import tifffile
@@ -246,7 +247,7 @@ def read_tiff(content: bytes, shape_only: bool = False) -> np.ndarray:
 
 
 def _jpeg_header(content: bytes) -> Header | None:
-    """None where PIL should look: a damaged header, or colors that only PIL converts."""
+    """Read the header with simplejpeg; None to leave it to PIL: a damaged header, or other color spaces."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
     except ValueError:
@@ -257,7 +258,7 @@ def _jpeg_header(content: bytes) -> Header | None:
 
 
 def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Return shape and dtype of an .npy file, which is read up to its values."""
+    """Return shape and dtype of an .npy file; leaves the file at the first value."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
