@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face `datasets` library; sslvit needs it only to load them by name."""
+"""Hugging Face data sets; the `datasets` library is only needed to load them by name."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from sslvit.data.python_samples import IMAGE_NAMES
 
 
 def is_hugging_face(dataset: Any) -> bool:
-    """Whether it is a table of that library, without importing it."""
+    """Whether an object is a Hugging Face table; does not import the library."""
     return hasattr(dataset, "features") and hasattr(dataset, "column_names") and hasattr(dataset, "select_columns")
 
 
 def plain_columns(dataset: Any, label: str | None = None) -> Any:
-    """The columns of image and label alone, images as their files where the table holds files.
+    """Reduce a table to its image and label columns, with images as encoded files where the table holds files.
 
-    A format or a transform of the user's own (set_format, set_transform) stays, with what it makes of a row.
+    A table with a format or transform (set_format, set_transform) is returned unchanged.
 
     Args:
         dataset: The table.
-        label: Name of the column of labels; None for the one that its type or name tells.
+        label: Name of the label column; None to find it by type or name.
 
     Raises:
-        ValueError: no column of images, or no such label.
+        ValueError: there is no image column, or no label column of that name.
     """
     if dataset.format["type"] is not None:
         return dataset
@@ -42,10 +42,10 @@ def plain_columns(dataset: Any, label: str | None = None) -> Any:
 
 
 def image_name(dataset: Any) -> str:
-    """The column of images.
+    """Name of the image column.
 
     Raises:
-        ValueError: there is none, or several that could be it.
+        ValueError: there is none, or several candidates.
     """
     found = [name for name, feature in dataset.features.items() if type(feature).__name__ == "Image"]
     named = [name for name in found if name in IMAGE_NAMES]
@@ -56,10 +56,10 @@ def image_name(dataset: Any) -> str:
 
 
 def label_name(dataset: Any, requested: str | None = None) -> str | None:
-    """The column of labels: the only one of classes, or one that is called so; None for none or several.
+    """Name of the label column: the only ClassLabel column, or one with a usual name; None if there is none.
 
     Raises:
-        ValueError: there is none of the requested name.
+        ValueError: there is no column of the requested name.
     """
     if requested is not None:
         if requested not in dataset.column_names:
@@ -73,7 +73,7 @@ def label_name(dataset: Any, requested: str | None = None) -> str | None:
 
 
 def label_column(dataset: Any) -> tuple[Sequence[Any] | None, list[str] | None]:
-    """All labels of a table, or None; names of their classes, or None."""
+    """All labels of a table and their class names; each may be None."""
     name = label_name(dataset)
     if name is None or dataset.format["type"] is not None:
         return None, None

@@ -1,10 +1,10 @@
-"""Where every sample lies: the index beside a set of tar shards.
+"""The index of a set of tar shards, which locates every sample.
 
     index.json   shards (name, samples, bytes, sha256), classes, channel statistics, common image size
-    index.npy    one record per sample: where its image starts in its shard, its length, its label
+    index.npy    one record per sample: offset of its image in the shard, length, label
 
-With it, any sample is one read by offset, an epoch's length is known before it starts, and nothing is scanned.
-index.json is a superset of the _info.json that timm reads, which is written beside it.
+With the index, a sample takes one read at an offset, the length of an epoch is known in advance, and shards need not be
+scanned. index.json is a superset of the _info.json that timm reads, which is written beside it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from sslvit.data.schema import FORMAT, INDEX_FIELDS, checked_index, parse_json
 from sslvit.data.tars import COMPRESSED_TARS
 from sslvit.files import printable, write_atomically
 
-MAX_REPEATED_PATH = 80  # characters of a path that the remedy repeats
-SPLITS = ("train", "val", "validation", "test")  # a folder of this name is a split for timm; others are its train
+MAX_REPEATED_PATH = 80  # length up to which an error message repeats a path
+SPLITS = ("train", "val", "validation", "test")  # a folder of this name is that split in timm; any other is train
 
 
 @dataclass
 class Shard:
-    """One tar file, named by its name in the index's folder, or by a path or address of its own."""
+    """One tar file; its name is relative to the folder of the index, or a path or address."""
 
     name: str
     samples: int
@@ -47,20 +47,20 @@ class ShardIndex:
     """All shards of a data set.
 
     Args:
-        location: folder or address where the shards lie.
-        shards: Shards in order; samples are numbered through them from zero.
+        location: Folder or address of the shards.
+        shards: Shards in order; samples are numbered consecutively across them, from zero.
         records: One RECORD per sample.
         classes: Class names by label, or None for unlabeled data.
         channels: Number of channels of the images.
-        bits: 8, or 16 if all images have them.
-        mean: Mean of each channel, of pixels in [0, 1].
+        bits: 16 if all images have 16 bits, otherwise 8.
+        mean: Mean of each channel, for pixels in [0, 1].
         std: Standard deviation of each channel.
-        image_size: height and width if all images share them.
-        encoding: what packing did to the images, in words; empty for nothing.
-        orientation: upright if images are turned as EXIF says, stored if their pixels are taken as they lie.
-        skipped: files that packing skipped, with the reason.
+        image_size: Height and width if all images have the same size, otherwise None.
+        encoding: How packing changed the images, in words; empty if it did not.
+        orientation: upright to rotate images by their EXIF orientation, stored to use their pixels as stored.
+        skipped: Name of each skipped file -> reason.
         cache: Cache of shards from the network, or None.
-        cached_in: folder of this machine's cache that holds the index, where it does not lie beside the shards.
+        cached_in: Folder in the local cache that holds the index, if it does not lie beside the shards.
     """
 
     location: str
@@ -94,7 +94,7 @@ class ShardIndex:
         """Class numbers.
 
         Raises:
-            ValueError: these images have none, or the index is damaged.
+            ValueError: the images have no labels, or the index is damaged.
         """
         if self.classes is None:
             raise ValueError(
@@ -111,7 +111,7 @@ class ShardIndex:
         return labels
 
     def locate(self, sample: int) -> tuple[int, int, int]:
-        """Number of the shard, offset and length of a sample's image.
+        """Shard number, offset and length of a sample's image.
 
         Raises:
             BadImage: the record is damaged.
@@ -125,7 +125,7 @@ class ShardIndex:
 
     @property
     def is_remote(self) -> bool:
-        """Whether any shard has to come from the network."""
+        """Whether any shard is on the network."""
         return is_url(self.location) or any(is_url(shard.name) for shard in self.shards)
 
     def address(self, shard: int) -> str:
@@ -138,22 +138,22 @@ class ShardIndex:
         return f"{self.location.rstrip('/')}/{name}"
 
     def shard_path(self, shard: int) -> Path:
-        """Return the tar file on this machine; one from the network is fetched first."""
+        """Return the local path of a tar file; a remote one is fetched first."""
         address, file = self.address(shard), self.shards[shard]
         return self.cache.get(address, file.bytes, file.sha256) if self.cache and is_url(address) else Path(address)
 
     def fetch_if_free(self, shard: int) -> bool:
-        """Fetch a tar file from the network ahead of its use; False if another process or thread is fetching it."""
+        """Fetch a remote tar file in advance; False if another process or thread is fetching it."""
         address, file = self.address(shard), self.shards[shard]
         return not (self.cache and is_url(address)) or self.cache.fetch_if_free(address, file.bytes, file.sha256)
 
     def local_path(self, shard: int) -> Path:
-        """Return where the tar file is if it is here; nothing is fetched."""
+        """Return the local path of a tar file without fetching it."""
         address, sha256 = self.address(shard), self.shards[shard].sha256
         return self.cache.path_of(address, sha256) if self.cache and is_url(address) else Path(address)
 
     def key(self, sample: int) -> str:
-        """Return shard and member name of a sample; bytes that are not UTF-8 are kept as surrogate escapes."""
+        """Return shard and member name of a sample; bytes that are not UTF-8 become surrogate escapes."""
         shard = int(np.searchsorted(self.first_of_shard, sample, side="right")) - 1
         name, offset = self.shard_label(shard), int(self.records[sample]["offset"])
         try:
@@ -165,7 +165,7 @@ class ShardIndex:
         return f"{name}/{member}"
 
     def shard_label(self, shard: int) -> str:
-        """Return a shard's readable name, without the folder that all shards share."""
+        """Return a shard's readable name, without the folder common to all shards."""
         return self.shards[shard].name[self._common_folder :]
 
     @cached_property
@@ -173,7 +173,7 @@ class ShardIndex:
         return common_prefix_length(shard.name for shard in self.shards)
 
     def missing_shards(self) -> dict[int, str]:
-        """Numbers of the shards on this machine that are missing or have another length, with what is wrong."""
+        """Number of each local shard that is missing or has the wrong length -> problem."""
         wrong = {}
         for number, shard in enumerate(self.shards):
             if is_url(self.address(number)):
@@ -188,7 +188,7 @@ class ShardIndex:
         return wrong
 
     def unlisted(self) -> list[str]:
-        """Names of tar files that lie beside the listed ones on this machine and are not read."""
+        """Names of local tar files in the folder that the index does not list."""
         if is_url(self.location) or self.cached_in or not Path(self.location).is_dir():
             return []
         known = {shard.name for shard in self.shards} | self.skipped.keys()
@@ -196,7 +196,7 @@ class ShardIndex:
         return sorted(name for name in names if name not in known)
 
     def save(self, folder: str | Path | None = None) -> None:
-        """Write the files, each whole or not at all; index.json last, so that its presence means all is there."""
+        """Write the files atomically; index.json comes last, so that its presence means that all are complete."""
         folder = Path(folder or self.location)
         save_records(folder / "index.npy", self.records)
         split = folder.name if folder.name in SPLITS else "train"
@@ -214,16 +214,16 @@ class ShardIndex:
         _write_json(folder / "index.json", content)
 
     def fingerprint(self) -> str:
-        """Short name of the exact bytes of all shards."""
+        """Short digest of the bytes of all shards."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
 
 
 def load_index(folder: str | Path) -> ShardIndex:
-    """The index in a folder of shards.
+    """Load the index of a folder of shards.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or of another format.
+        FileNotFoundError: there is no index.
+        ValueError: the index is damaged or of another format.
     """
     folder = Path(folder)
     file = folder / "index.json"
@@ -247,13 +247,13 @@ def sets_below(folder: Path) -> list[Path]:
 
 
 def common_prefix_length(names: Iterable[str]) -> int:
-    """Characters of the names of all shards up to the last slash before which they are alike."""
+    """Length of the longest folder prefix, with its slash, that all names share."""
     folders = [name[: name.rfind("/") + 1] for name in names]
-    return os.path.commonprefix(folders).rfind("/") + 1  # noqa: RUF071 addresses are no paths
+    return os.path.commonprefix(folders).rfind("/") + 1  # noqa: RUF071 addresses are not paths
 
 
 def unlisted_warning(index: ShardIndex) -> str:
-    """That tar files lie beside an index which does not list them, with the remedy; empty where there are none."""
+    """Warning about tar files that the index does not list, with the remedy; empty if there are none."""
     names = index.unlisted()
     if not names:
         return ""
@@ -264,17 +264,17 @@ def unlisted_warning(index: ShardIndex) -> str:
 
 
 def read_index(content: bytes, records_file: Path, location: str, cached_in: str = "") -> ShardIndex:
-    """An index from the bytes of its index.json and the file of its records.
+    """Build an index from the content of index.json and the records file.
 
     Args:
         content: Bytes of index.json.
         records_file: index.npy.
         location: Folder or address of the shards.
-        cached_in: Folder of this machine's cache for an index that was made here, which may name shards anywhere;
-            others name shards in their own folder only.
+        cached_in: Folder in the local cache for an index made on this machine. Such an index may name shards anywhere;
+            any other may only name shards in its own folder.
 
     Raises:
-        ValueError: it is damaged, of another format, or names shards outside of its folder.
+        ValueError: the index is damaged, of another format, or names shards outside its folder.
     """
     try:
         about = checked_index(parse_json(content), bool(cached_in))
@@ -300,4 +300,4 @@ def _rebuild_hint(location: str, cached_in: str = "") -> str:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    write_atomically(path, json.dumps(content, indent=1) + "\n")  # in ASCII: bytes that are not UTF-8 as \\udcXX
+    write_atomically(path, json.dumps(content, indent=1) + "\n")  # ASCII only: bytes that are not UTF-8 become \\udcXX

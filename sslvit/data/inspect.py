@@ -1,4 +1,4 @@
-"""What a person wants to know of shards before a job: are they whole, what is in them, what do they need."""
+"""Reports on shards before a job: whether they are intact, their contents, and the resources they need."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from sslvit.files import bytes_text, counted, printable
 from sslvit.results import Result
 from sslvit.run_plan import fitting_ranks
 
-LARGE_PIXELS = 50_000_000  # slow to decode; half of what is refused
+LARGE_PIXELS = 50_000_000  # slow to decode; half of the default data.max_pixels
 
 
 @dataclass
 class ShardCheck:
-    """What one shard, or all of them, turned out to hold.
+    """The findings on one shard, or on all of them.
 
     Args:
-        damaged: shards with another checksum, or missing.
-        corrupt: images that cannot be decoded, with the reason.
-        large: images of more than LARGE_PIXELS.
-        digests: numbers of samples by the digest of their bytes.
-        sizes: shorter sides of the images.
+        damaged: Shards that are missing or have a wrong checksum, with the problem.
+        corrupt: Images that cannot be decoded, with the reason.
+        large: Images of more than LARGE_PIXELS, with their size.
+        digests: Digest of an image's bytes -> sample numbers.
+        sizes: Number of images by length of the shorter side.
         modes: Number of images of each mode.
     """
 
@@ -59,11 +59,11 @@ class ShardCheck:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every shard is as it was written and every image can be decoded."""
+        """Whether every shard is intact and every image can be decoded."""
         return not (self.damaged or self.corrupt)
 
     def text(self, index: ShardIndex) -> str:
-        """Return the report that is printed."""
+        """Return the report as text."""
         lines = [f"{index.location}: {sum(self.modes.values()):,} images decoded"]
         for what, found in (("damaged shards", self.damaged), ("corrupt images", self.corrupt),
                             (f"images of more than {LARGE_PIXELS / 1e6:.0f} million pixels", self.large)):  # fmt: skip
@@ -120,30 +120,30 @@ def _check_shard(index: ShardIndex, number: int, tick: Callable[[int], None]) ->
 
 @dataclass(repr=False)
 class Packing(Result):
-    """Shards that were packed.
+    """Packed shards.
 
     Args:
-        indices: The index of the shards, or those of train and val; none of a part that waits for the others.
+        indices: The index of the shards, or those of train and val; empty while other parts are unfinished.
     """
 
     indices: list[ShardIndex]
 
     @property
     def path(self) -> str:
-        """Folder of the shards, the first one of train and val."""
+        """Folder of the shards; with a holdout, that of train."""
         return self.indices[0].location
 
     def text(self) -> str:
-        """What is in the shards."""
+        """Describe the contents of the shards."""
         return "\n".join(describe_shards(index) for index in self.indices)
 
     def to_dict(self) -> dict[str, Any]:
-        """Location -> what is in the shards there."""
+        """Location -> contents of the shards there."""
         return {index.location: shards_content(index) for index in self.indices}
 
 
 def shards_content(index: ShardIndex) -> dict[str, Any]:
-    """What is in shards, for programs."""
+    """Contents of shards, as a dict for programs."""
     return {
         "location": index.location, "images": len(index), "shards": len(index.shards), "channels": index.channels,
         "bytes": sum(shard.bytes for shard in index.shards), "image_size": index.image_size, "bits": index.bits,
@@ -153,7 +153,7 @@ def shards_content(index: ShardIndex) -> dict[str, Any]:
 
 
 def describe_shards(index: ShardIndex, global_batch_size: int | None = None) -> str:
-    """Counts, statistics, and what a job on these shards needs."""
+    """Counts, statistics, and the batch sizes and cache that suit a job on these shards."""
     size = "x".join(map(str, index.image_size)) if index.image_size else "of several sizes"
     depth = f", {index.bits} bits" if index.bits != 8 else ""
     classes = f"{len(index.classes)} classes" if index.classes else "no labels"
@@ -214,7 +214,7 @@ def describe_shards(index: ShardIndex, global_batch_size: int | None = None) -> 
 
 
 def _histogram(counts: Counter, bars: int = 10, width: int = 40) -> list[str]:
-    """Lines of text: how often values lie in each of a few ranges of equal length."""
+    """Draw a histogram as lines of text, with at most `bars` ranges of equal length."""
     if not counts:
         return []
     low, high = min(counts), max(counts)

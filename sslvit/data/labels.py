@@ -1,4 +1,4 @@
-"""Labels as people write them -> class numbers and names."""
+"""Convert labels in their usual forms to class numbers and names."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from sslvit.files import printable
 
 NO_LABEL = -1
-LABEL_NAMES = (  # of a column, a key or an attribute that holds labels
+LABEL_NAMES = (  # usual names of columns, keys and attributes with labels
     "label", "labels", "class", "classes", "class_name", "class_names", "classname", "class_id", "category",
     "categories", "target", "targets", "species", "y",
 )  # fmt: skip
-MAX_CLASSES_PER_IMAGE = 2  # labels above this many per image (and 1000) are other numbers, such as ids
+MAX_CLASSES_PER_IMAGE = 2  # labels beyond this many per image (plus 1000) are not classes, but IDs
 
 
 class NotClasses(ValueError):
@@ -22,11 +22,11 @@ class NotClasses(ValueError):
 
 
 class Unlabeled(NotClasses):
-    """Labels of -1, with which STL-10 and others mark images without a class."""
+    """Some labels are -1, which marks images without a class, as in STL-10."""
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:
-    """Class names in the order of their numbers: as numbers where all are, otherwise by the alphabet."""
+    """Class names in the order of their class numbers: numeric if all are numbers, otherwise alphabetical."""
     names = list(names)
     if all(name.isdecimal() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
@@ -34,11 +34,11 @@ def sorted_names(names: Iterable[str]) -> list[str]:
 
 
 def number_labels(labels: Sequence[Any]) -> tuple[list[str], list[int]]:
-    """Class names, and the class number of each label: whole numbers keep theirs, names are numbered in order.
+    """Class names and the class number of each label: integers are kept, names are numbered in sorted order.
 
     Raises:
-        Unlabeled: some are -1.
-        NotClasses: negative, fractional, or far more numbers than images.
+        Unlabeled: some labels are -1.
+        NotClasses: a label is negative, not a number or name, or far above the number of images.
     """
     texts = [_text_of(label) for label in labels]
     names = set(texts)
@@ -60,10 +60,10 @@ def number_labels(labels: Sequence[Any]) -> tuple[list[str], list[int]]:
 
 
 def labels_in(array: np.ndarray, images: int) -> list[Any]:
-    """The labels that an array holds for so many images: of shape (n,) or (n, 1), numbers, booleans or text.
+    """Read one label per image from an array of shape (n,) or (n, 1) with numbers, booleans or text.
 
     Raises:
-        NotClasses: Labels of another shape, fractional or one-hot ones.
+        NotClasses: the labels have another shape or type, or are fractional or one-hot.
     """
     if array.ndim == 2 and array.shape[0] == images and array.shape[1] > 1:
         raise NotClasses(f"{array.shape[1]} values for each image; give one class number or name for each")
@@ -92,6 +92,6 @@ def _text_of(label: Any) -> str:
 
 
 def brief_names(names: Iterable[str], count: int = 5) -> str:
-    """Some names for a message."""
+    """The first names, for a message."""
     names = [printable(name, 40) for name in names]
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -1,4 +1,4 @@
-"""A list of image files (CSV, TSV, JSONL), perhaps with labels -> samples."""
+"""Samples from a list of image files (CSV, TSV, JSONL), with or without labels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LISTS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 
 
 def list_source(path: Path, label_column: str | None = None) -> ImageSource:
-    """The images of a CSV, TSV or JSONL list with a column of paths, relative to the list, and perhaps one of labels.
+    """Read a CSV, TSV or JSONL list with a column of paths, relative to the list, and an optional column of labels.
 
-    Without the name of a column, labels are taken from one of the usual ones.
+    Without `label_column`, labels come from the first column with a usual name.
 
     Raises:
-        ValueError: no such column, a line that cannot be read, or an image that is not there; the line is named.
+        ValueError: a column is missing, or a line is unreadable or names a missing image; the message gives the line.
     """
     try:
         rows = list(_rows(path))
@@ -34,7 +34,7 @@ def list_source(path: Path, label_column: str | None = None) -> ImageSource:
         raise ValueError(f"{printable(path)}: not readable ({error}).") from error
     if not rows:
         raise ValueError(f"{printable(path)}: an empty list.")
-    columns = list(dict.fromkeys(column for _, row in rows for column in row))  # a first row may lack some
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))  # the first row may lack some
     by_name = {column.strip().lower(): column for column in reversed(columns)}
     path_key = next((by_name[name] for name in PATH_COLUMNS if name in by_name), None)
     if path_key is None:
@@ -81,7 +81,7 @@ def list_source(path: Path, label_column: str | None = None) -> ImageSource:
 
 
 def _find(folder: Path, name: str) -> str | None:
-    """The file that a list names, also behind the blanks that follow a comma."""
+    """Path of a listed file; blanks around the name are stripped if it does not exist with them."""
     for text in (name, name.strip()):
         full = os.path.join(folder, text)
         if "\0" not in text and os.path.isfile(full):
@@ -90,7 +90,7 @@ def _find(folder: Path, name: str) -> str | None:
 
 
 def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    """(line number, columns) of a list."""
+    """Yield (line number, row as a dict) for each line of a list."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         if path.suffix.lower() == ".jsonl":
             for line, text in enumerate(file, 1):

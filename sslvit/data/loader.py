@@ -1,4 +1,4 @@
-"""Sample numbers -> batches: read, decode, view."""
+"""Make batches from sample numbers: read and decode images and make their views."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from sslvit.settings import DataSettings, EncoderSettings
 from sslvit.settings.views import CenterSettings, TransformSettings, ViewSettings
 from sslvit.stopping import obey_parent_alone
 
-MAX_KEY = 4096  # characters of a sample's key: cut ones would be counted as one sample
-MAX_SUBSTITUTES = 64  # tried for an unreadable sample before its row stays black
+MAX_KEY = 4096  # characters of a sample's key; shorter limits could make two keys equal
+MAX_SUBSTITUTES = 64  # candidates to replace an unreadable sample before its row stays black
 
 
 def make_batch(
@@ -43,17 +43,17 @@ def make_batch(
     size: list[int] | None = None,
     substitutes: Callable[[int], Iterable[tuple[int, int]]] | None = None,
 ) -> Batch:
-    """Read, decode and view the given samples.
+    """Read and decode the given samples and make their views.
 
     Args:
         reader: Reader of the data set.
-        views: what is seen of each image.
+        views: Views to make of each image.
         samples: Sample numbers.
-        epochs: the pass over the data set that each is in.
-        valid: False for rows that only fill up; None for no such rows.
-        first_row: index within the global batch.
-        size: Height and width of the main views, if not the encoder's.
-        substitutes: Samples and epochs for a row, of which the first readable one takes its place.
+        epochs: Epoch of each sample.
+        valid: False for filler rows; None if there are none.
+        first_row: Index of the first row in the global batch.
+        size: Height and width of the main views; None for the encoder's.
+        substitutes: Candidates (sample, epoch) for an unreadable row; the first readable one replaces it.
     """
     images, unreadable = view_samples(reader, views, samples, epochs, size)
     used, used_epochs = samples.copy(), epochs.copy()
@@ -79,16 +79,16 @@ def describe_rows(
     reader: ImageReader, samples: np.ndarray, epochs: np.ndarray, used: np.ndarray, unreadable: dict[int, str],
     valid: np.ndarray | None = None, first_row: int = 0,
 ) -> Batch:  # fmt: skip
-    """All of a batch but what is seen.
+    """Make a batch without views and colors.
 
     Args:
         reader: Reader of the data set.
         samples: Sample numbers.
-        epochs: the pass over the data set that each is in.
-        used: The samples that are seen in the rows, some of them in the place of unreadable ones.
-        unreadable: Reason why a row's sample could not be read.
-        valid: False for rows that only fill up; None for no such rows.
-        first_row: index within the global batch.
+        epochs: Epoch of each sample.
+        used: Samples shown in the rows, including substitutes for unreadable ones.
+        unreadable: Row -> reason why its sample could not be read.
+        valid: False for filler rows; None if there are none.
+        first_row: Index of the first row in the global batch.
     """
     valid = np.ones(len(samples), bool) if valid is None else valid.copy()
     valid[list(unreadable)] = False
@@ -107,7 +107,7 @@ def describe_rows(
 def view_samples(
     reader: ImageReader, views: Views, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None = None
 ) -> tuple[list[Tensor], dict[int, str]]:
-    """Views 'b c h w' of the given samples, black for unreadable ones, and the reason for these by row."""
+    """Views 'b c h w' of the given samples, black where unreadable, and the reasons for those by row."""
     if (found := reader.decoded_images(samples)) is not None:
         decoded, unreadable = found
         return views.crop_batch(decoded, samples, epochs, size), unreadable
@@ -120,7 +120,7 @@ def view_samples(
 def _decode_and_view(
     reader: ImageReader, views: Views, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None
 ) -> tuple[list[Tensor], dict[int, str]]:
-    """Each image is decoded once for all of its views, random ones at the resolution that they need."""
+    """Decode each image once for all its views; random views are decoded at the resolution that they need."""
     bits = reader.bits
     unreadable: dict[int, str] = {}
     found = {}
@@ -136,7 +136,7 @@ def _decode_and_view(
     zoom = np.min([boxes.zoom(size_of_view) for size_of_view, boxes in crops], axis=0)
     pixel = torch.uint8 if bits == 8 else torch.float32
     images = [torch.zeros(len(samples), reader.channels, *size_of_view, dtype=pixel) for size_of_view, _ in crops]
-    first: dict[tuple[int, int], int] = {}  # a last batch is filled up with one sample many times
+    first: dict[tuple[int, int], int] = {}  # the last batch may be padded by repeating one sample
     for i, (content, header) in found.items():
         same = first.setdefault((int(samples[i]), int(epochs[i])), i)
         if same != i:
@@ -151,19 +151,19 @@ def _decode_and_view(
         except BadImage as error:
             unreadable[i] = str(error)
             continue
-        reduction = reduction if image.shape[1] < header.height else 1  # not every format can
+        reduction = reduction if image.shape[1] < header.height else 1  # not every format supports it
         for view, crop in zip(images, views.crop_image(image, crops, i, reduction), strict=True):
             view[i] = crop
     return images, unreadable
 
 
 def view_of_image(content: bytes, encoder: EncoderSettings) -> Tensor:
-    """What evaluation sees of one encoded image: pixels 'c h w' (0 to 255) before they are normalized.
+    """The evaluation view of one encoded image: pixels 'c h w' (0 to 255) before normalization.
 
-    They are uint8, or float32 for an image of 16 bits.
+    The pixels are uint8, or float32 for a 16-bit image.
 
     Raises:
-        BadImage: the bytes are no image, or cannot be given the encoder's channels.
+        BadImage: not a readable image, or it cannot be converted to the encoder's channels.
     """
     reader = MemoryReader({0: ("image", content)}, encoder.channels)
     reader.bits = reader.header(content).bits
@@ -175,10 +175,10 @@ def view_of_image(content: bytes, encoder: EncoderSettings) -> Tensor:
 
 
 class TrainingBatches(Dataset[Batch]):
-    """The micro-batches of one rank, counted over the whole run. Each worker makes whole batches.
+    """The micro-batches of one rank, numbered over the whole run. Each worker makes whole batches.
 
-    A step takes `accumulation_steps` micro-batches of `micro` images on each rank; where `resolutions` are given, its
-    main views have the side of that step.
+    A step takes `accumulation_steps` micro-batches of `micro` images on each rank. If `resolutions` are given, they
+    decide the side of the main views at each step.
     """
 
     def __init__(
@@ -206,9 +206,9 @@ class TrainingBatches(Dataset[Batch]):
         return samples, epochs, first_row, None if self.resolutions is None else self.resolutions.size_at(step)
 
     def substitutes(self, number: int, row: int) -> Iterator[tuple[int, int]]:
-        """Samples and epochs that may take the place of a row of a micro-batch, the first one first.
+        """Yield candidates (sample, epoch) to replace a row of a micro-batch, in order of preference.
 
-        They are the rows that follow in the global batch, on whichever rank: the same for any number of ranks.
+        They are the following rows of the global batch, on any rank, and so do not depend on the number of ranks.
         """
         step, first_row = self._step_and_row(number)
         for distance in range(1, min(MAX_SUBSTITUTES, self.plan.global_batch_size)):
@@ -224,11 +224,11 @@ class TrainingBatches(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class Resolutions:
-    """The sides that main views have in the steps of a run: sampled for each step, or one after the other.
+    """Sides of the main views over a run: sampled for each step, or one after the other.
 
     Args:
         sides: Sides in pixels.
-        ends: With sides in turn, the step at which each of them ends; None to sample.
+        ends: Step at which each side ends, if they come one after the other; None to sample a side for each step.
         seed: Seed of the samples.
     """
 
@@ -238,7 +238,7 @@ class Resolutions:
 
     @classmethod
     def of(cls, settings: DataSettings, run: RunPlan) -> Resolutions | None:
-        """Those of a run; None where main views have the encoder's size."""
+        """Resolutions of a run; None if the main views always have the encoder's size."""
         if settings.resolutions is None:
             return None
         ends = None
@@ -247,7 +247,7 @@ class Resolutions:
         return cls(settings.resolutions, ends, run.seed)
 
     def size_at(self, step: int) -> list[int]:
-        """Height and width of the main views at a step: the same on every rank."""
+        """Height and width of the main views at a step, the same on every rank."""
         if self.ends is None:
             return [self.sides[rng.generator(self.seed, step, "resolution").integers(len(self.sides))]] * 2
         return [self.sides[min(bisect.bisect_right(self.ends, step), len(self.sides) - 1)]] * 2
@@ -275,7 +275,7 @@ def encoder_views(
     encoder: EncoderSettings, view: ViewSettings | None = None, seed: int = 0, scale: int = 1,
     fill: list[float] | None = None,
 ) -> Views:  # fmt: skip
-    """Views at the encoder's input size, or at a multiple of it; what evaluation sees where no view is given."""
+    """Views at the encoder's input size, or a multiple of it; the evaluation view if none is given."""
     view = view or center_view(encoder)
     size = [scale * side for side in encoder.image_size]
     kind = TransformViews if isinstance(view, TransformSettings) else Views
@@ -283,7 +283,7 @@ def encoder_views(
 
 
 def center_view(encoder: EncoderSettings, fraction: float | None = None) -> CenterSettings:
-    """What evaluation sees of an image: the encoder's own crop, or its crop with another fraction."""
+    """The evaluation view: the encoder's own crop, or the same crop with another fraction."""
     return CenterSettings(fraction=fraction or encoder.crop_fraction, mode=encoder.crop_mode)
 
 
@@ -292,10 +292,10 @@ def evaluation_loader(
     view: ViewSettings | None = None, epoch: int = 0, seed: int = 0, subset: np.ndarray | None = None,
     for_gpu: bool = False,
 ) -> DataLoader:  # fmt: skip
-    """Every sample once, in order, in batches of one size, seen through a center crop unless another view is given.
+    """Every sample once, in order, in batches of one size; a center crop unless another view is given.
 
-    A random view is sampled from (seed, epoch, sample). `subset` holds the numbers of the samples that are seen, None
-    for all. Batches `for_gpu` lie in page-locked memory, from which they are copied without anyone waiting.
+    A random view is sampled from (seed, epoch, sample). `subset` holds the numbers of the samples to use, None for all.
+    With `for_gpu`, batches are in page-locked memory, so that copies to the GPU do not block.
     """
     views = encoder_views(encoder, view, seed)
     batches = _EvaluationBatches(reader, views, batch, rank, ranks, epoch, subset)
@@ -306,7 +306,7 @@ def evaluation_loader(
 
 
 def normalized_view(batch: Batch, encoder: EncoderSettings, device: torch.device) -> Tensor:
-    """Return the one view of an evaluation batch, on the device, as the encoder takes it."""
+    """Return the view of an evaluation batch on the device, normalized for the encoder."""
     return normalize_view(batch.views[0].to(device, non_blocking=True), encoder)
 
 

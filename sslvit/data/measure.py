@@ -1,4 +1,4 @@
-"""Properties of a shard's images: channels, sizes, modes, and the statistics of their channels."""
+"""Properties of a shard's images: channels, sizes, modes and channel statistics."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from sslvit.data.plan import evenly_spaced
 from sslvit.settings.data import MAX_PIXELS
 
 STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on about this many images
-ROWS_OF_PIXELS = 2**20  # pixels of an image that are numbers with fractions at the same time
+ROWS_OF_PIXELS = 2**20  # pixels of an image that are converted to floats at a time
 
 
 @dataclass
 class Measured:
     """Properties of images, added up.
 
-    `moments` are sums, over so many `images` of so many `channels`, of the mean of each channel and of its mean square.
-    The others count images by (height, width), mode and (channels, bits).
+    `moments` holds two sums over `images` images of `channels` channels: of each channel's mean and of its mean square.
+    The counters hold the number of images by (height, width), by mode, and by (channels, bits).
     """
 
     moments: list[list[float]] = field(default_factory=list)
@@ -42,9 +42,9 @@ class Measured:
         self.kinds[header.channels, header.bits] += 1
 
     def measure(self, content: Content, header: Header) -> None:
-        """Add the moments of one image; those of another number of channels are skipped."""
+        """Add the moments of one image; an image with another number of channels is skipped."""
         is_gray_or_rgb = header.mode != "array" and header.channels < 4
-        channels = 3 if is_gray_or_rgb else header.channels  # gray images among colors count as colors
+        channels = 3 if is_gray_or_rgb else header.channels  # gray images count as RGB
         if self.images and channels != self.channels:
             return
         moments = moments_of(decode_pixels(content, channels, header.bits, header=header))
@@ -59,7 +59,7 @@ class Measured:
             self.channels, self.images = other.channels, self.images + other.images
 
     def describe(self, location: str) -> dict[str, Any]:
-        """Fields of the index.
+        """The fields of the index that depend on the images.
 
         Raises:
             ValueError: no image could be decoded.
@@ -80,13 +80,13 @@ class Measured:
 
 
 def moments_of(pixels: np.ndarray) -> np.ndarray:
-    """Mean and mean square of each channel of an image 'h w c', of pixels from 0 to 1; a few rows at a time."""
+    """Mean and mean square of each channel of an image 'h w c', for pixels in [0, 1]; computed in chunks of rows."""
     height, width, channels = pixels.shape
     sums = np.zeros((2, channels))
     for start in range(0, height, max(1, ROWS_OF_PIXELS // width)):
         rows = pixels[start : start + max(1, ROWS_OF_PIXELS // width)].reshape(-1, channels) / 255
         sums += np.stack([rows.sum(0, dtype=np.float64), np.square(rows).sum(0, dtype=np.float64)])
-    return sums / (height * width)  # every image counts the same, whatever its size
+    return sums / (height * width)  # every image has the same weight, whatever its size
 
 
 def measure_shard(
@@ -98,9 +98,10 @@ def measure_shard(
     is_checked: bool = False,
     done: Callable[[], None] = lambda: None,
 ) -> tuple[Measured, dict[int, str]]:
-    """Sizes and modes of all images of a shard, moments of its part of STATISTICS_SAMPLES; what is not readable.
+    """Measure sizes and modes of a shard's images, and moments on a sample of them; also returns unreadable rows.
 
-    The shard is one of so many; images that `is_checked` are known to be whole. `done` is called after each of them.
+    The sample is this shard's part of STATISTICS_SAMPLES, given the number of `shards`. With `is_checked`, the images
+    are known to be intact. `done` is called after each image.
     """
     measured, unreadable = Measured(), {}
     count = min(len(records), max(50, STATISTICS_SAMPLES // shards))

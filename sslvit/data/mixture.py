@@ -1,4 +1,4 @@
-"""Several data sets as one: each fills a fixed fraction of every batch."""
+"""A mixture of data sets: each fills a fixed fraction of every batch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sslvit.data.plan import EpochPlan
 
 
 class JoinedIndex:
-    """Several data sets as one: their samples and shards numbered through, without labels.
+    """Several data sets as one, without labels; samples and shards are numbered consecutively across them.
 
-    The weights are those of the sources in a batch, for the channel statistics.
+    The weights are the sources' shares of a batch, and weight the channel statistics.
 
     Raises:
-        ValueError: their images cannot be converted to one number of channels.
+        ValueError: the sources differ in orientation, or in channels that cannot be converted.
     """
 
     def __init__(self, sources: Sequence[ShardIndex], weights: Sequence[float]) -> None:
@@ -57,18 +57,18 @@ class JoinedIndex:
         return int(self.first_sample[-1])
 
     def locate(self, sample: int) -> tuple[int, int, int]:
-        """Return the number of the shard, and offset and length of the sample's image in it."""
+        """Return shard number, offset and length of a sample's image."""
         number, local = _position(self.first_sample, sample)
         shard, offset, size = self.sources[number].locate(local)
         return int(self.first_shard[number]) + shard, offset, size
 
     def shard_path(self, shard: int) -> Path:
-        """Return the shard's file on this machine."""
+        """Return the local path of a shard."""
         number, local = _position(self.first_shard, shard)
         return self.sources[number].shard_path(local)
 
     def fetch_if_free(self, shard: int) -> bool:
-        """Fetch a shard ahead of its use; False if another process or thread is fetching it."""
+        """Fetch a shard in advance; False if another process or thread is fetching it."""
         number, local = _position(self.first_shard, shard)
         return self.sources[number].fetch_if_free(local)
 
@@ -83,11 +83,11 @@ class JoinedIndex:
 
     @property
     def is_remote(self) -> bool:
-        """Whether any shard has to come from the network."""
+        """Whether any shard is on the network."""
         return any(source.is_remote for source in self.sources)
 
     def missing_shards(self) -> dict[int, str]:
-        """Return local shards that are missing or have another length, by number, with the problem."""
+        """Number of each local shard that is missing or has the wrong length -> problem."""
         firsts = self.first_shard.tolist()
         return {
             first + number: wrong
@@ -101,12 +101,12 @@ class JoinedIndex:
         return f"{self.sources[number].location}/{self.sources[number].shard_label(local)}"
 
     def fingerprint(self) -> str:
-        """Return a short name of the exact bytes of all shards."""
+        """Return a short digest of the bytes of all shards."""
         return hashlib.sha256("".join(source.fingerprint() for source in self.sources).encode()).hexdigest()[:16]
 
 
 def _position(firsts: np.ndarray, joined: int) -> tuple[int, int]:
-    """Which source has a sample or a shard of the joined numbers, and its number there."""
+    """Source of a sample or shard in the joined numbering, and its number within that source."""
     source = int(np.searchsorted(firsts, joined, side="right")) - 1
     return source, int(joined - firsts[source])
 
@@ -115,9 +115,9 @@ Index = ShardIndex | JoinedIndex  # a data set whose samples are read by number
 
 
 class MixturePlan:
-    """A fixed fraction of every batch for each source, and each source its own order and epochs.
+    """Batches with a fixed fraction of each source; each source has its own order and epochs.
 
-    Rows of the sources are spread evenly over the batch, so that every rank gets rows of each.
+    The rows of each source are spread evenly over the batch, so that every rank gets some of them.
     """
 
     def __init__(self, plans: Sequence[EpochPlan]) -> None:
@@ -133,7 +133,7 @@ class MixturePlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """As many batches as the sources hold together; each source has epochs of its own length."""
+        """Number of batches that the sources fill together; each source has its own epoch length."""
         return self.samples // self.global_batch_size
 
     @property
@@ -151,7 +151,7 @@ class MixturePlan:
         return samples, epochs
 
     def shards_near(self, step: int, start: int = 0, stop: int | None = None) -> list[int]:
-        """Return the shards that these rows read at this step, then those of the windows that follow."""
+        """Return the shards that these rows read at this step, then those of the next windows."""
         return [
             int(self.first_shard[i]) + shard
             for i, plan, first, last in self._rows_by_source(start, stop)
@@ -159,7 +159,7 @@ class MixturePlan:
         ]
 
     def shards_at_once(self, start: int = 0, stop: int | None = None) -> int:
-        """Return how many shards these rows need within reach at any time."""
+        """Return the number of shards that must be available at a time for these rows."""
         return sum(plan.shards_at_once(first, last) for _, plan, first, last in self._rows_by_source(start, stop))
 
     def identity(self) -> dict[str, int | str]:
@@ -167,7 +167,7 @@ class MixturePlan:
         return {f"source {i}, {key}": value for i, p in enumerate(self.plans) for key, value in p.identity().items()}
 
     def _rows_by_source(self, start: int, stop: int | None) -> list[tuple[int, EpochPlan, int, int]]:
-        """(source, its plan, and the rows of its own batch) for those that have any of these rows."""
+        """(source, plan, start and stop of the rows in its own batch) of each source with any of these rows."""
         before = np.bincount(self.source_of_row[:start], minlength=len(self.plans))
         rows = np.bincount(self.source_of_row[start:stop], minlength=len(self.plans))
         return [(i, plan, int(before[i]), int(before[i] + rows[i])) for i, plan in enumerate(self.plans) if rows[i]]
@@ -177,10 +177,10 @@ Plan = EpochPlan | MixturePlan  # which samples make up each batch
 
 
 def split_by_weight(weights: Sequence[float], global_batch_size: int) -> list[int]:
-    """Rows of a batch for each source, as near to its weight as whole rows allow (largest remainders).
+    """Number of rows of a batch for each source, in proportion to its weight (largest remainder method).
 
     Raises:
-        ValueError: A weight is not positive, or too small for one row.
+        ValueError: a weight is not positive, or too small for one row.
     """
     if not all(0 < weight < math.inf for weight in weights):
         raise ValueError(f"data.mixture: the weights {list(weights)} must all be positive numbers.")

@@ -1,4 +1,4 @@
-"""Training batches for Lightning: the exact position saved and restored."""
+"""Training batches for Lightning, with the exact position saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from sslvit.run_plan import RunPlan
 from sslvit.settings import DataSettings, EncoderSettings, RunSettings
 from sslvit.stopping import obey_parent_alone
 
-MAX_CACHED_FRACTION = 0.05  # of a GPU's memory, up to which a small training set lies there unless asked otherwise
+MAX_CACHED_FRACTION = 0.05  # of the GPU's memory, up to which a training set is kept there with cache_on_device auto
 
 
 class ShardDataModule(pl.LightningDataModule):
-    """Training batches in an order that only the seed decides, and the exact position saved and restored.
+    """Training batches in an order that depends only on the seed; checkpoints save the exact position.
 
     Args:
-        index: The shards.
-        settings: View and loading; see data.cache_on_device for where a small set's batches are made.
-        encoder: Size, channels and normalization of its input.
-        plan: The order; its seed is also that of the views.
+        index: Index of the training data.
+        settings: View and loading; data.cache_on_device decides where the batches of a small data set are made.
+        encoder: Size, channels and normalization of the input.
+        plan: Order of the samples; its seed is also used for the views.
         run: Steps, batch sizes and ranks.
-        val: Shards whose images a task's validation loss is of; None for none.
+        val: Images for the validation loss; None for none.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class ShardDataModule(pl.LightningDataModule):
 
     @classmethod
     def from_settings(cls, settings: RunSettings, val: str | None = None) -> ShardDataModule:
-        """The data of a recipe, for a Trainer of your own.
+        """Open the data of a recipe, for your own Trainer.
 
         Args:
             settings: The recipe (`sslvit.load_recipe`).
-            val: Shards or a folder of images that the validation loss is of; None for none.
+            val: Shards or a folder of images for the validation loss; None for none.
         """
         train = settings.train
         index, plan = open_run_data(settings)
@@ -69,7 +69,7 @@ class ShardDataModule(pl.LightningDataModule):
         return cls(index, settings.data, settings.encoder, plan, run, held_out)
 
     def train_dataloader(self) -> DataLoader | Prefetcher | DeviceLoader:
-        """The run's batches, or one epoch's where a Trainer counts epochs; from the restored position on."""
+        """The batches of the run, or of one epoch if the Trainer counts epochs, starting at the restored position."""
         trainer, run, device = self._attached_trainer, self.run, self._attached_trainer.strategy.root_device
         is_gpu = device.type == "cuda"
         color_on = self.settings.color_on
@@ -88,7 +88,7 @@ class ShardDataModule(pl.LightningDataModule):
                 reader, self.views, self.plan, trainer.global_rank, run.images_per_pass, run.accumulation_steps,
                 Resolutions.of(self.settings, run),
             )  # fmt: skip
-            # a data set in memory has no decoding to spread over processes, but changing image by image is work
+            # a data set in memory needs no worker processes, unless images are augmented one by one
             is_light = reader.decoded is not None and not self.views.augments
             workers = 0 if is_light else self._workers
             is_one_pass = trainer.max_epochs == 1 and trainer.max_steps == run.total_steps
@@ -103,18 +103,18 @@ class ShardDataModule(pl.LightningDataModule):
         return Prefetcher(loader, device) if is_gpu and torch.cuda.is_available() else loader
 
     def _caches_on(self, device: torch.device, reader: ShardReader) -> bool:
-        """Whether the training images lie on the device."""
+        """Whether to keep the training images on the device."""
         wanted = self.settings.cache_on_device
         if wanted != "auto":
             return bool(wanted)
         if self._cannot_cache() or self.settings.color_on == "workers" or device.type != "cuda":
             return False
-        # of all its memory and not of what is free, so that a resumed run takes the same way
+        # total, not free memory, so that a resumed run decides the same
         memory = torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 0
         return reader.decoded is not None and reader.decoded.nbytes <= MAX_CACHED_FRACTION * memory
 
     def _cannot_cache(self) -> str:
-        """Why the training images cannot lie on the device; empty where they can."""
+        """Reason why the training images cannot be kept on the device; empty if they can."""
         if isinstance(self.index, StreamIndex):
             return "a stream is read from end to end"
         if self.views.augments:
@@ -127,7 +127,7 @@ class ShardDataModule(pl.LightningDataModule):
         return ""
 
     def val_dataloader(self) -> DataLoader | list:
-        """Every image of `val` once, seen as in training, the same every time."""
+        """Every image of `val` once, with the training view; the same batches every time."""
         if self.val is None:
             return []
         run, settings = self.run, self.settings
@@ -139,7 +139,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     @property
     def _attached_trainer(self) -> pl.Trainer:
-        assert self.trainer is not None  # Lightning sets it before it asks for anything
+        assert self.trainer is not None  # Lightning sets it before it calls any hook
         return self.trainer
 
     @property
@@ -148,7 +148,7 @@ class ShardDataModule(pl.LightningDataModule):
         return pick_workers(self.settings.workers, trainer.strategy.root_device.type, trainer.num_devices)
 
     def make_reader(self, index: Index) -> ShardReader:
-        """Return the reader of the training images, which is made once."""
+        """Return the reader of the training images, which is created on first use."""
         settings = self.settings
         self.reader = self.reader or ShardReader(
             index, self.encoder.channels, settings.memory_limit_mb, settings.max_pixels
@@ -156,7 +156,7 @@ class ShardDataModule(pl.LightningDataModule):
         return self.reader
 
     def examples(self, count: int, views: Views | None = None) -> Batch:
-        """The first images of the data set as a batch on the CPU, seen as in training or through other views."""
+        """The first images of the data set as a batch on the CPU, with the training views or the given ones."""
         views = views or self.views
         if isinstance(self.index, StreamIndex):
             batch = next(iter(StreamBatches(self.index, views, self.encoder.channels, 0, 1, count, 1)))
@@ -166,11 +166,11 @@ class ShardDataModule(pl.LightningDataModule):
         return self.prepare(batch)
 
     def whole_images(self, count: int, scale: int = 1) -> Tensor:
-        """What evaluation sees of the first images, 'b c h w', at a multiple of the encoder's size."""
+        """Evaluation views 'b c h w' of the first images, at a multiple of the encoder's size."""
         return self.examples(count, encoder_views(self.encoder, scale=scale)).views[0]
 
     def prepare(self, batch: Batch) -> Batch:
-        """Colors and units as the encoder takes them, on the batch's device."""
+        """Apply the color changes and normalize the views, on the batch's device."""
         normalized = partial(normalize, mean=self.encoder.mean, std=self.encoder.std)
         batch.views, batch.colors = jitter_views(batch.views, batch.colors, normalized), None
         return batch
@@ -178,19 +178,19 @@ class ShardDataModule(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Prepare a batch on the device; called by Lightning."""
         batch = self.prepare(batch)
-        dtype = self._attached_trainer.lightning_module.dtype  # float64 when a test asks for it
+        dtype = self._attached_trainer.lightning_module.dtype  # float64 in some tests
         batch.views = [view.to(dtype) for view in batch.views]
         return batch
 
     def state_dict(self) -> dict[str, int | str]:
-        """Return the position (optimizer steps done), and what guards against another data set or order."""
+        """Return the position (completed optimizer steps) and the identity of data set and order."""
         return {"step": self._attached_trainer.global_step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Go on where a checkpoint stopped.
+        """Restore the position of a checkpoint.
 
         Raises:
-            ValueError: it was written with other data, another batch or another seed.
+            ValueError: the checkpoint was written with other data, another batch size or another seed.
         """
         current = self._identity()
         changed = [
@@ -208,9 +208,9 @@ class ShardDataModule(pl.LightningDataModule):
 
 
 class _EpochOrder(Sampler[int]):
-    """Numbers of the micro-batches of the Trainer's epoch; after a resume from the restored position on.
+    """Numbers of the micro-batches of the current epoch; after a resume, from the restored position on.
 
-    Its length is that of the whole epoch, as Lightning counts it on a resume.
+    The length is that of the whole epoch, as Lightning expects it after a resume.
     """
 
     def __init__(self, trainer: pl.Trainer, per_epoch: int, start: int) -> None:

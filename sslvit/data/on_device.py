@@ -1,4 +1,4 @@
-"""Batches that wait on the device for the step: prefetched ones, and those of a small set that lies there as a whole.
+"""Batches made available on the device: prefetched, or cut from a small data set that is kept there.
 
 Nothing here makes the host wait for the device.
 """
@@ -22,11 +22,11 @@ from sslvit.data.loader import TrainingBatches, describe_rows
 from sslvit.data.packed import Packed
 from sslvit.data.resample import PlacedBoxes, WeightTables, resample_placed
 
-BATCHES_AHEAD = 4  # of which a thread draws boxes and colors while others are seen
+BATCHES_AHEAD = 4  # whose boxes and colors a thread samples in advance
 
 
 class Prefetcher:
-    """A loader whose next batch travels to the GPU while a step computes, on a stream of its own.
+    """A loader that copies the next batch to the GPU on a separate stream while a step computes.
 
     Args:
         loader: Loader of batches in page-locked memory.
@@ -54,21 +54,21 @@ class Prefetcher:
             yield self._hand_over(*ahead)
 
     def _hand_over(self, batch: Batch, arrived: torch.cuda.Event) -> Batch:
-        """Let the stream of the step wait for the copy, and keep the memory until that stream is done with it."""
+        """Make the current stream wait for the copy, and keep the memory until that stream is done with it."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(arrived)
-        batch.views[0].record_stream(current)  # all of a batch lies in one piece of memory
+        batch.views[0].record_stream(current)  # all tensors of a batch share one block of memory
         return batch
 
 
 @dataclass
 class Drawn:
-    """What the CPU decides of a batch whose pixels are on the device.
+    """The parts of a batch that the CPU samples when the pixels are on the device.
 
     Args:
-        batch: All but what is seen; labels are in `packed`.
-        packed: Sample numbers, boxes of each of `groups`, class numbers if there are any, colors of each view.
-        groups: Views that are made together, since they have one size: that size, their number and their boxes.
+        batch: The batch without its views; labels are in `packed`.
+        packed: Sample numbers, boxes of each of `groups`, class numbers if any, and colors of each view.
+        groups: Groups of views of one size, which are made together: size, number of views and boxes.
     """
 
     batch: Batch
@@ -77,14 +77,14 @@ class Drawn:
 
 
 class DeviceBatches(TrainingBatches):
-    """The micro-batches of a small set that lies on the device as a whole; see TrainingBatches.
+    """The micro-batches of a small data set that is kept on the device; see TrainingBatches.
 
-    The CPU samples boxes and colors, which travel in one copy; images are cropped on the device. The pixels are those
-    that a loader makes, up to one in 255: products of matrices are not rounded alike everywhere.
+    The CPU samples boxes and colors, which are sent in one copy; images are cropped on the device. Pixels differ from
+    those of a loader by at most 1 of 255, since matrix products are rounded differently.
 
     Args:
         batches: The micro-batches; the data set of their reader is in memory.
-        device: Where the images lie.
+        device: Device that holds the images.
     """
 
     def __init__(self, batches: TrainingBatches, device: torch.device) -> None:
@@ -99,7 +99,7 @@ class DeviceBatches(TrainingBatches):
         return self.make(self.draw(number))
 
     def draw(self, number: int) -> Drawn:
-        """Sample what is seen in a micro-batch, without the device."""
+        """Sample boxes and colors of a micro-batch on the CPU."""
         samples, epochs, first_row, size = self.rows(number)
         used, used_epochs = samples.copy(), epochs.copy()
         unreadable = self.reader.unreadable_rows(samples)
@@ -122,7 +122,7 @@ class DeviceBatches(TrainingBatches):
         return Drawn(batch, packed, groups)
 
     def make(self, drawn: Drawn) -> Batch:
-        """Views of a micro-batch."""
+        """Make the views of a micro-batch on the device."""
         samples, *rest = drawn.packed.send(self.device).tensors()
         views: list[Tensor] = []
         for size, count, boxes in drawn.groups:
@@ -134,11 +134,11 @@ class DeviceBatches(TrainingBatches):
 
 
 class DeviceLoader:
-    """Batches of a set on the device in the order of a sampler; a thread draws what is seen in the next ones.
+    """Batches of a data set on the device, in the order of a sampler; a thread samples boxes and colors in advance.
 
     Args:
         dataset: The batches.
-        order: Their numbers.
+        order: Sampler of their numbers.
     """
 
     def __init__(self, dataset: DeviceBatches, order: Sampler[int]) -> None:

@@ -1,4 +1,4 @@
-"""What a user names as data -> an index: folders, patterns, addresses, image folders, mixtures."""
+"""Open the data that a user names: folders of shards, patterns, addresses, image folders and mixtures."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def open_data(
     usual_batch: int = TaskSettings.usual.batch,
     channels: int | None = None,
 ) -> tuple[Index | StreamIndex, Plan]:
-    """The index of a run's data and the order in which it is read.
+    """Open a run's data: its index and the plan of its order.
 
     Args:
         settings: Data and batch size.
         seed: Seed of the order.
-        multiple_of: What a batch size that is chosen or lowered is a multiple of (`TrainSettings.batch_multiple`).
-        usual_batch: Largest batch where none is given (`Usual.batch` of the task).
-        channels: Channels of the encoder's input, to which a folder's images must be convertible; None for any.
+        multiple_of: Number that a chosen or lowered batch size is a multiple of (`TrainSettings.batch_multiple`).
+        usual_batch: Largest batch size to choose if none is given (`Usual.batch` of the task).
+        channels: Channels of the encoder's input, to which the images of a folder must be convertible; None for any.
 
     Raises:
-        FileNotFoundError: nothing given, or nothing there.
-        ValueError: no images there, a damaged index, or a batch that does not fit. What the names in an image folder
-            and a few headers tell is refused before it is packed.
+        FileNotFoundError: no data is given, or it does not exist.
+        ValueError: there are no images, the index is damaged, or the batch size does not fit. For an image folder,
+            problems visible in its file names and a few headers are reported before it is packed.
     """
 
     def check(source: str, found: ImageSource) -> None:
@@ -77,7 +77,7 @@ def open_data(
             index = limit_samples(index, settings, seed)
         return index, _plan(index, settings, settings.batch_for(len(index), usual_batch, multiple_of), seed)
     weights = list(settings.mixture.values())
-    split_by_weight(weights, settings.global_batch_size or usual_batch)  # refuses before anything is opened
+    split_by_weight(weights, settings.global_batch_size or usual_batch)  # check the weights before anything is opened
     sources = [_open(source, settings, check) for source in settings.mixture]
     fillable = min(len(index) * sum(weights) / weight for index, weight in zip(sources, weights, strict=True))
     rows = split_by_weight(weights, settings.batch_for(int(fillable), usual_batch, multiple_of))
@@ -91,7 +91,7 @@ def open_data(
 
 
 def open_run_data(settings: RunSettings) -> tuple[Index | StreamIndex, Plan]:
-    """The index of a run's data and the order in which it is read; errors as of `open_data`."""
+    """Open the data of a run's settings; result and errors as for `open_data`."""
     batch_multiple, usual_batch = settings.train.batch_multiple, settings.task.usual.batch
     return open_data(settings.data, settings.seed, batch_multiple, usual_batch, settings.encoder.channels)
 
@@ -102,10 +102,10 @@ def _open(source: str, settings: DataSettings, check: Callable[[str, ImageSource
 
 
 def open_indexed(source: str | Path) -> ShardIndex | None:
-    """The index of a folder that has one; None for whatever else a name may stand for.
+    """The index of a folder that has one; None for any other kind of data.
 
     Raises:
-        ValueError: a damaged index.
+        ValueError: the index is damaged.
     """
     path = Path(expand_path(source))
     if is_given(str(source)) or not str(source) or not (path / "index.json").exists():
@@ -117,16 +117,16 @@ def open_indexed(source: str | Path) -> ShardIndex | None:
 
 
 def open_shards(source: str | Path, cache: ShardCache | None = None, check: Check | None = None) -> ShardIndex:
-    """The index of a data set; shards without one are indexed, and an image folder is packed first.
+    """Open the index of a data set; shards without one are indexed, and an image folder is packed first.
 
     Args:
-        source: a folder of shards or of images, a pattern of shards, or an address of either.
+        source: Folder of shards or images, pattern of shards, or address of either.
         cache: Cache for network shards and packed image folders; None for the default folder.
-        check: Refuses what an image folder holds before it is packed, by raising ValueError; None for no check.
+        check: Raises ValueError to reject an image folder before it is packed; None for no check.
 
     Raises:
-        FileNotFoundError: nothing given, or nothing there.
-        ValueError: no images there, or a damaged index.
+        FileNotFoundError: no data is given, or it does not exist.
+        ValueError: there are no images, or the index is damaged.
     """
     if is_given(str(source)):
         return given_index(str(source))
@@ -136,42 +136,42 @@ def open_shards(source: str | Path, cache: ShardCache | None = None, check: Chec
     path = Path(name)
     if not name:
         raise FileNotFoundError(f"no data given. {USAGE}")
-    if not path.is_dir():  # a folder may be called anything, also like a pattern
+    if not path.is_dir():  # checked first, since a folder's name may look like a pattern
         if any(sign in name for sign in PATTERN_CHARACTERS) or name.endswith(".tar"):
             return open_pattern(name, cache)
         if is_url(name):
             return open_address(name, cache)
         raise FileNotFoundError(f"{printable(path)} is not a folder. {USAGE}")
     if any(path.glob("*.tar")) and not (path / "packing").is_dir():
-        if not os.access(path, os.W_OK):  # someone else's folder: its index is kept in the cache
+        if not os.access(path, os.W_OK):  # read-only folder: its index is kept in the cache
             return index_named(name, [str(tar) for tar in sorted(path.glob("*.tar"))], cache)
-        with FileLock(path / ".index.lock"):  # every rank of a run comes here at once
+        with FileLock(path / ".index.lock"):  # all ranks of a run get here at the same time
             if not (path / "index.json").exists():
                 logger.info(f"{printable(path)}: shards without an index; indexing them once.")
                 return index_shards(path)
         return load_index(path)
     if (path / "packing").is_dir():
-        return load_index(path)  # says what to do
+        return load_index(path)  # raises an error with the remedy
     return open_image_folder(path, cache, check)
 
 
 def is_image_folder(source: str | Path) -> bool:
-    """Whether a source is a folder of images that has to be packed, and not one of shards or of their index."""
+    """Whether a source is a folder of images to pack, not one of shards or of an index."""
     path = Path(expand_path(source))
     is_indexed = (path / "index.json").exists() or (path / "train" / "index.json").exists()
     return path.is_dir() and not is_indexed and not (path / "packing").is_dir() and not any(path.glob("*.tar"))
 
 
 def check_channels(encoder: int, images: int, location: str) -> None:
-    """Refuse images whose channels are not those of the encoder's input and cannot be converted to them.
+    """Reject images whose channels cannot be converted to those of the encoder's input.
 
     Args:
         encoder: Channels of the encoder's input.
         images: Channels of the images.
-        location: Where these lie, for the message.
+        location: Location of the images, for the message.
 
     Raises:
-        ValueError: They cannot.
+        ValueError: the channels cannot be converted.
     """
     if images != encoder and not {images, encoder} <= set(MODES):
         raise ValueError(
@@ -181,12 +181,12 @@ def check_channels(encoder: int, images: int, location: str) -> None:
 
 
 def check_present(index: Index | StreamIndex, max_fraction: float) -> None:
-    """Check that the shards on this machine are there and as long as the index says.
+    """Check that the local shards exist and have the length given in the index.
 
-    Up to a fraction of all samples in missing shards is reported and skipped.
+    If at most `max_fraction` of all samples are in bad shards, these are reported and skipped.
 
     Raises:
-        ValueError: more are missing.
+        ValueError: more samples are missing.
     """
     shards = index.missing_shards()
     missing = sum(index.shards[number].samples for number in shards)
@@ -203,7 +203,7 @@ def check_present(index: Index | StreamIndex, max_fraction: float) -> None:
 
 
 def shard_cache(settings: DataSettings) -> ShardCache:
-    """The place for shards from the network and of image folders."""
+    """The cache for network shards and packed image folders."""
     return ShardCache(settings.cache, settings.cache_gb)
 
 

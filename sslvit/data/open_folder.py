@@ -1,4 +1,4 @@
-"""An image folder named as data -> its shards, packed into the cache on first use."""
+"""Open an image folder as data: its shards are packed into the cache on first use."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from sslvit.files import printable
 
 logger = logging.getLogger(__name__)
 
-Check = Callable[[ImageSource], None]  # refuses what a folder holds, before it is packed
-MAX_LOOKED_AT = 16  # images, evenly spaced, whose headers tell the channels of a folder's images
+Check = Callable[[ImageSource], None]  # raises ValueError to reject a folder before it is packed
+MAX_LOOKED_AT = 16  # evenly spaced images whose headers are read to find the channels
 
 
 def open_image_folder(path: Path, cache: ShardCache, check: Check | None = None) -> ShardIndex:
-    """The shards of an image folder, packed into the cache on first use unless a check refuses what it holds."""
+    """The index of an image folder's shards, which are packed into the cache on first use; `check` may reject it."""
     notes = cache.folder / "packed"
     if not is_local_rank_zero() and (folder := wait_for_folder(notes, path)) is not None:
-        with FileLock(folder / ".pack.lock"):  # the first process may be packing still
+        with FileLock(folder / ".pack.lock"):  # the first process may still be packing
             if (folder / "index.json").exists():
                 return load_index(folder)
     with publish_folder(notes, path) if is_local_rank_zero() else nullcontext() as publish:
@@ -41,13 +41,13 @@ def open_image_folder(path: Path, cache: ShardCache, check: Check | None = None)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".pack.lock"):
             if publish is not None:
-                publish(folder)  # the others wait for the lock from now on
+                publish(folder)  # from now on, the others wait for the lock
             index = _pack_once(path, found, folder, check)
     return index
 
 
 def _pack_once(path: Path, found: ImageSource, folder: Path, check: Check | None) -> ShardIndex:
-    """The shards of a folder's images, packed now unless they were before."""
+    """The index of a folder's shards, which are packed now unless they exist."""
     if (folder / "index.json").exists():
         logger.info(f"{printable(path)}: an image folder; using its shards packed earlier in {folder}.")
         return load_index(folder)
@@ -57,12 +57,12 @@ def _pack_once(path: Path, found: ImageSource, folder: Path, check: Check | None
         logger.info(f"{printable(path)}: {note}")
     logger.info(f"{printable(path)}: an image folder; packing it into {folder} first.")
     index = pack(found.samples, folder, found.classes, skipped=found.skipped)
-    assert index is not None  # all of it was packed here
+    assert index is not None  # None only for a part
     return index
 
 
 def channels_of(found: ImageSource) -> set[int]:
-    """Numbers of channels that images of a folder have, of a few that can be read."""
+    """Numbers of channels found in a few readable images of a folder."""
     numbers = set()
     for sample in evenly_spaced(len(found.samples), MAX_LOOKED_AT):
         with suppress(BadImage, OSError):
@@ -71,7 +71,7 @@ def channels_of(found: ImageSource) -> set[int]:
 
 
 def packed_folder(path: Path, found: ImageSource, cache: ShardCache) -> Path:
-    """Where the shards of an image folder are kept: by names, lengths, times and classes, so that no other is read."""
+    """Cache folder for an image folder's shards; its name depends on all file names, sizes, times and classes."""
     about = f"{digest_samples(found.samples)} {digest_times(found.samples)} {found.classes}"
     digest = hashlib.sha256(about.encode("utf-8", "surrogateescape"))
     name = re.sub(r"[^\w-]", "_", path.resolve().name) or "images"

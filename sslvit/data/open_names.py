@@ -1,4 +1,4 @@
-"""Shards by a pattern of names or by an address -> an index: the one that lies beside them, or one made once."""
+"""Open shards by a pattern of names or an address, with the index beside them or one that is made once."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from sslvit.settings.data import PIPE
 
 logger = logging.getLogger(__name__)
 
-HEADER_BYTES = 4096  # of an .npy file, at most
+HEADER_BYTES = 4096  # upper bound for the header of an .npy file
 PATTERN_CHARACTERS = "{*?["
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that a pattern stands for: shard-{00..99}.tar as WebDataset expands it, shards/*.tar as a shell does.
+    """Expand a pattern: braces as in WebDataset (shard-{00..99}.tar), wildcards as in a shell (shards/*.tar).
 
     Raises:
-        ValueError: braces that do not close.
+        ValueError: a brace is not closed.
         FileNotFoundError: no file matches.
     """
     if os.path.exists(pattern):
@@ -58,12 +58,12 @@ def expand(pattern: str) -> list[str]:
 
 
 def open_pattern(pattern: str, cache: ShardCache) -> ShardIndex:
-    """Some shards of a folder or an address: those of its index if it lists them all, otherwise indexed once."""
+    """Open some shards of a folder or address, from its index if it lists them all; otherwise they are indexed once."""
     names = expand(pattern)
     folder = names[0].rpartition("/")[0] or "."
     is_one_folder = all((name.rpartition("/")[0] or ".") == folder for name in names)
     if is_one_folder:
-        with suppress(FileNotFoundError):  # no index there
+        with suppress(FileNotFoundError):  # there is no index
             whole = open_address(folder, cache) if is_url(folder) else load_index(folder)
             selected = _select_shards(whole, [name.rpartition("/")[2] for name in names])
             if selected is not None:
@@ -72,9 +72,9 @@ def open_pattern(pattern: str, cache: ShardCache) -> ShardIndex:
 
 
 def _select_shards(whole: ShardIndex, names: list[str]) -> ShardIndex | None:
-    """The part of an index that some of its shards make up; None if it does not list them all.
+    """Restrict an index to some of its shards; None if it does not list them all.
 
-    The records of shards that follow each other stay in the file, which may be larger than this machine's memory.
+    The records of consecutive shards stay memory-mapped, since they may exceed this machine's memory.
     """
     number_of = {shard.name: number for number, shard in enumerate(whole.shards)}
     if not all(name in number_of for name in names):
@@ -89,7 +89,7 @@ def _select_shards(whole: ShardIndex, names: list[str]) -> ShardIndex | None:
 
 
 def index_named(pattern: str, names: list[str], cache: ShardCache) -> ShardIndex:
-    """Index shards wherever they lie; the result is kept in the cache under the shards' names and versions."""
+    """Index shards at any location; the index is cached under the shards' names and versions."""
     names = [name if is_url(name) else str(Path(name).resolve()) for name in names]
     try:
         versions = _versions(names, cache)
@@ -131,7 +131,7 @@ def _read_cached(folder: Path, pattern: str, cache: ShardCache) -> ShardIndex:
 
 
 def _versions(names: list[str], cache: ShardCache) -> list[Any]:
-    """What tells replaced shards from those that were indexed: lengths and times, and what a server says."""
+    """Versions that detect replaced shards: size and time of local files, and the metadata of remote ones."""
     addresses = [name for name in names if is_url(name)]
     of_address = dict(zip(addresses, cache.versions(addresses), strict=True)) if addresses else {}
     versions: list[Any] = []
@@ -147,7 +147,7 @@ def _versions(names: list[str], cache: ShardCache) -> list[Any]:
 
 
 def open_address(address: str, cache: ShardCache) -> ShardIndex:
-    """The index that lies beside shards on the network."""
+    """Open the index that lies beside shards on the network."""
     address = address.rstrip("/")
     try:
         content = cache.get(f"{address}/index.json").read_bytes()
@@ -156,7 +156,7 @@ def open_address(address: str, cache: ShardCache) -> ShardIndex:
         max_bytes = HEADER_BYTES + RECORD.itemsize * split["num_samples"]
         sha256 = about["records_sha256"]
         records = cache.get(f"{address}/index.npy", sha256=sha256, max_bytes=max_bytes)
-        if records.stat().st_size <= CHECKED_BYTES and sha256_of(records) != sha256:  # on this machine's disk, by now
+        if records.stat().st_size <= CHECKED_BYTES and sha256_of(records) != sha256:  # the cached copy may be damaged
             records.unlink()
             records = cache.get(f"{address}/index.npy", sha256=sha256, max_bytes=max_bytes)
     except BadImage as error:

@@ -1,4 +1,4 @@
-"""Opens http(s) addresses and nothing else; a connection that is too slow is given up."""
+"""Open http(s) addresses only, and give up connections that are too slow."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from sslvit.files import printable
 
 
 class RemoteError(RuntimeError):
-    """The network or the server failed for good; the message names the address."""
+    """The network or the server failed permanently; the message names the address."""
 
 
 class Pace:
-    """Whether a response makes progress: in each window of time the minimum number of bytes of the file."""
+    """Checks that a response makes progress: a minimum number of bytes in each time window."""
 
     def __init__(self, seconds: float, min_rate: float) -> None:
         self.seconds, self.min_rate = seconds, min_rate
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new window of time."""
+        """Start a new time window."""
         self.started, self.bytes = time.monotonic(), 0
 
     def check(self) -> None:
-        """Raise TimeoutError if the window is over and too few bytes came."""
+        """Raise TimeoutError if the window has ended with too few bytes."""
         if time.monotonic() - self.started < self.seconds:
             return
         if self.bytes < self.min_rate * self.seconds:
@@ -39,7 +39,7 @@ class Pace:
 
 
 class _PacedStream(io.RawIOBase):
-    """A connection, looked at before each read, also while status and headers come drop by drop."""
+    """A connection whose pace is checked before each read, including reads of the status and headers."""
 
     def __init__(self, raw: io.RawIOBase, pace: Pace) -> None:
         self.raw, self.pace = raw, pace
@@ -91,7 +91,7 @@ class _PacedHTTPS(_Paced, urllib.request.HTTPSHandler):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows a server to other http(s) addresses only: not to files of this machine, nor to FTP."""
+    """Follows redirects to http(s) addresses only, not to local files or FTP."""
 
     def http_error_302(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
         address, target = printable(req.full_url), headers["Location"] or headers["URI"] or ""
@@ -110,7 +110,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def make_opener(pace: Pace) -> urllib.request.OpenerDirector:
-    """What opens http(s) and nothing else."""
+    """Make an opener for http(s) addresses only."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(), _PacedHTTP(pace), _PacedHTTPS(pace), _Redirects(),

@@ -1,7 +1,7 @@
-"""Which way up an image is: its EXIF orientation, and pixels turned by it.
+"""Read the EXIF orientation of images, and rotate pixels accordingly.
 
-Cameras store pixels as the sensor lies and note how to turn them (tag 0x0112, "Orientation", 1 to 8: EXIF 2.32,
-section 4.6.4). 1 is upright; 2 to 4 mirror or turn by half; 5 to 8 swap the sides.
+Cameras store pixels in the order of the sensor and record how to rotate them (tag 0x0112, "Orientation", 1 to 8: EXIF
+2.32, section 4.6.4). 1 is upright; 2 to 4 mirror or rotate by 180 degrees; 5 to 8 swap the sides.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterator
 import numpy as np
 
 TAG = 0x0112
-MAX_TAGS = 1000  # of a directory that is believed
+MAX_TAGS = 1000  # a directory with more entries is damaged
 START_OF_SCAN, END_OF_IMAGE, APP1 = 0xDA, 0xD9, 0xE1  # markers of JPEG (ITU T.81, table B.1)
 
 
 def swaps_sides(orientation: int) -> bool:
-    """Whether width and height change places."""
+    """Whether an orientation swaps width and height."""
     return orientation >= 5
 
 
@@ -27,7 +27,7 @@ def inverse_orientation(orientation: int) -> int:
 
 
 def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels 'h w c' as a viewer shows them; a copy unless they are upright already."""
+    """Rotate pixels 'h w c' upright; returns a copy unless they already are."""
     if orientation not in range(2, 9):
         return pixels
     if swaps_sides(orientation):
@@ -38,7 +38,7 @@ def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def exif_orientation(content: bytes) -> int:
-    """The orientation that a JPEG or PNG file notes; 1 where it notes none, or nonsense."""
+    """The EXIF orientation of a JPEG or PNG file; 1 if it is missing or invalid."""
     try:
         exif = _jpeg_exif(content) if content.startswith(b"\xff\xd8") else _png_exif(content)
         orientation = _orientation_in(exif) if exif else 1
@@ -48,7 +48,7 @@ def exif_orientation(content: bytes) -> int:
 
 
 def jpeg_segments(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, where its content begins, its length) of the segments of a JPEG up to its first scan."""
+    """Yield (marker, start of content, length) for the segments of a JPEG up to its first scan."""
     position = 2
     while position + 4 <= len(content) and content[position] == 0xFF:
         marker = content[position + 1]
@@ -71,7 +71,7 @@ def _jpeg_exif(content: bytes) -> bytes:
 
 
 def _png_exif(content: bytes) -> bytes:
-    """The eXIf chunk of a PNG, wherever it is."""
+    """The content of the eXIf chunk of a PNG, at any position; empty if there is none."""
     position = 8
     while position + 8 <= len(content):
         length, kind = int.from_bytes(content[position : position + 4]), content[position + 4 : position + 8]

@@ -1,4 +1,4 @@
-"""Are the images that are scored among those that heads are fitted on? Compared by bytes and names, on a sample."""
+"""Detect overlap of training and validation images, by comparing bytes and names on a sample."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from sslvit.stopping import is_first_process
 
 logger = logging.getLogger(__name__)
 
-MAX_COMPARED = 500  # scored images, evenly spaced
-MIN_COMPARED = 10  # fewer say nothing
-MAX_READ = 20_000  # training images of the lengths of those
-MAX_BYTES = 2**16  # of each image, its end
+MAX_COMPARED = 500  # evenly spaced validation images
+MIN_COMPARED = 10  # fewer are not conclusive
+MAX_READ = 20_000  # training images with the same lengths as those
+MAX_BYTES = 2**16  # bytes compared at the end of each image
 
 
 @dataclass
 class Stored:
-    """Encoded images: how long they are, and their bytes."""
+    """Encoded images: their lengths in bytes, and a function that reads their ends."""
 
     sizes: np.ndarray
     read: Callable[[int], bytes]
 
 
 def check_same_data(train: ShardIndex, val: ShardIndex, is_allowed: bool, option: str) -> None:
-    """Refuse training data as the data that is scored, and warn of images that are in both.
+    """Reject validation data that is the training data, and warn about images that are in both.
 
     Args:
-        train: What heads are fitted on, or weights trained.
-        val: What is scored.
-        is_allowed: Whether the same data may be both, which is then warned of.
-        option: What allows it, as it is typed.
+        train: Training data of a head or of the weights.
+        val: Validation data.
+        is_allowed: Whether to warn about equal data instead of rejecting it.
+        option: Option that allows equal data, for the message.
 
     Raises:
-        ValueError: They are the same.
+        ValueError: both are the same data.
     """
     names = f"{printable(train.location)} and {printable(val.location)}"
     if train.fingerprint() == val.fingerprint():
@@ -60,7 +60,7 @@ def check_same_data(train: ShardIndex, val: ShardIndex, is_allowed: bool, option
 
 
 def check_same_source(train: str | None, val: str | None, is_allowed: bool, option: str) -> None:
-    """Refuse one folder as both, before it is packed; arguments and errors as of check_same_data."""
+    """Reject the same folder for both before it is packed; arguments and errors as for check_same_data."""
     if not train or not val or is_allowed:
         return
     one, other = (os.path.realpath(expand_path(path)) for path in (train, val))
@@ -69,7 +69,7 @@ def check_same_source(train: str | None, val: str | None, is_allowed: bool, opti
 
 
 def refuse_or_warn(names: str, is_allowed: bool, option: str) -> None:
-    """Raise ValueError where the same data is fitted on and scored, or warn where that is allowed."""
+    """Raise ValueError for equal training and validation data, or warn if that is allowed."""
     if not is_allowed:
         raise ValueError(
             f"{names}: the same images. Scores of images that were trained on say nothing of others: hold some out "
@@ -80,7 +80,7 @@ def refuse_or_warn(names: str, is_allowed: bool, option: str) -> None:
 
 
 def warn_of_shared(train: Stored, val: Stored, names: str) -> bool:
-    """Warn of scored images that are among those of training, and return whether there are any."""
+    """Warn about validation images that are also training images; returns whether there are any."""
     shared, compared = count_shared(train, val)
     if shared and is_first_process():
         logger.warning(f"{names}: {shared:,} of {compared:,} images to be scored that were compared are in both")
@@ -88,7 +88,7 @@ def warn_of_shared(train: Stored, val: Stored, names: str) -> bool:
 
 
 def count_shared(train: Stored, val: Stored) -> tuple[int, int]:
-    """Scored images whose bytes a training image has, too, of how many that were compared."""
+    """Number of compared validation images that are also training images, and number of compared images."""
     count = min(MAX_COMPARED, len(val.sizes))
     while count >= min(MIN_COMPARED, len(val.sizes)):
         chosen = evenly_spaced(len(val.sizes), count)
@@ -101,7 +101,7 @@ def count_shared(train: Stored, val: Stored) -> tuple[int, int]:
 
 
 def have_same_names(train: ShardIndex, val: ShardIndex) -> bool:
-    """Whether as many files have the same names, as two copies have that were encoded anew; numbers are no names."""
+    """Whether both hold the same file names, as re-encoded copies do; names that are all numbers do not count."""
     if len(train) != len(val):
         return False
     chosen = evenly_spaced(len(val), min(MAX_COMPARED, len(val)))
@@ -113,7 +113,7 @@ def have_same_names(train: ShardIndex, val: ShardIndex) -> bool:
 
 @contextmanager
 def stored(index: ShardIndex) -> Iterator[Stored]:
-    """The images of shards on this machine, whose files are open within the block."""
+    """The images of local shards, whose files stay open within the block."""
     with ExitStack() as files:
         opened: dict[int, BinaryIO] = {}
 
@@ -129,7 +129,7 @@ def stored(index: ShardIndex) -> Iterator[Stored]:
 
 
 def stored_files(paths: list[Path]) -> Stored:
-    """Images in files of their own."""
+    """Images in separate files."""
     sizes = np.array([path.stat().st_size for path in paths])
 
     def read(number: int) -> bytes:
@@ -140,7 +140,7 @@ def stored_files(paths: list[Path]) -> Stored:
 
 
 def read_end(file: BinaryIO, end: int, size: int) -> bytes:
-    """The last bytes of an image."""
+    """Read the last bytes of an image, at most MAX_BYTES."""
     length = min(size, MAX_BYTES)
     file.seek(max(end - length, 0))
     return file.read(length)
