@@ -1,12 +1,12 @@
-"""Images -> tar shards and their index.
+"""Pack images into tar shards with an index.
 
-Shards are WebDataset's: KEY.jpg (or .png, ...) beside KEY.cls, which holds the class number. Files go in
-unchanged unless asked otherwise, in an order shuffled by a fixed seed, and the same input gives the same bytes for
-any number of workers and machines: which sample goes in which shard is decided before anything is read.
+Shards are in WebDataset format: KEY.jpg (or .png, ...) beside KEY.cls, which holds the class number. By default files
+are stored unchanged, in an order shuffled with a fixed seed. Which sample goes into which shard is decided before
+anything is read, so the same input gives the same bytes for any number of workers and machines.
 
-    DST/packing/job.json          what is being packed, how
-    DST/packing/shard-000000.*    finished shards with their reports; a restart skips these
-    DST/                          takes the shards and the index when all are whole
+    DST/packing/job.json          description of the packing job
+    DST/packing/shard-000000.*    finished shards with their reports, which a restart skips
+    DST/                          the shards and the index, once all are complete
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ def pack_source(
     """Pack a folder of images, other shards, a list, an array, an IDX file or a data set.
 
     Args:
-        source: Images, in any form that any_source.read_source takes, or a map-style data set object.
-        destination: folder for the shards; with a holdout its train/ and val/.
+        source: Any source that any_source.read_source accepts, or a map-style data set object.
+        destination: Folder for the shards; with a holdout, for train/ and val/ in it.
         settings: How images are stored.
-        holdout: fraction of each class, the last by file name, that goes to val/ instead.
-        overwrite: replace shards that are already there.
-        workers: processes; None for one per core.
-        part: "3/64" writes the third of 64 parts only, as one machine of several.
-        options: what only the user knows of the source.
-        only: file with the names of the images that are taken from other shards, one a line.
+        holdout: Fraction of each class, the last by file name, that is packed into val/.
+        overwrite: Replace existing shards.
+        workers: Number of processes; None for one per core.
+        part: "3/64" writes only the third of 64 parts, to pack on several machines.
+        options: Options for reading the source.
+        only: File with the names of the images to take from other shards, one per line.
 
     Returns:
-        The index, or those of train and val; nothing for a part.
+        The index, or those of train and val; an empty list for a part.
 
     Raises:
-        ValueError: no images, shards already there, or an unfinished packing of something else.
+        ValueError: there are no images, or the folder holds shards or an unfinished packing of another source.
     """
     destination = Path(destination)
     if not 0 <= holdout < 1:
@@ -93,7 +93,7 @@ def pack_source(
         held_out = hold_out(found.samples, holdout)
         jobs = [(folder, SampleTable(samples)) for folder, samples in zip(folders, held_out, strict=True)]
         del held_out
-    found.samples = []  # now in the tables: the processes that pack would copy them
+    found.samples = []  # moved to the tables; the packing processes would copy the list
     for folder, _ in jobs:
         check_destination(folder, overwrite)
     for note in found.notes:
@@ -115,16 +115,16 @@ def pack(
     part: tuple[int, int] = (1, 1),
     skipped: dict[str, str] | None = None,
 ) -> ShardIndex | None:
-    """Write shards and their index; unreadable images are skipped, counted and named in the index.
+    """Write shards and their index; unreadable images are skipped, counted and listed in the index.
 
-    `part` is the number of the part that this process writes, and the number of parts; `skipped` is what the source has
-    skipped already.
+    `part` is the part that this process writes and the number of parts; `skipped` lists the files that the source has
+    skipped.
 
     Returns:
-        The index, or None if other parts are still to come (finish_packing joins them).
+        The index, or None for one of several parts (finish_packing joins them).
 
     Raises:
-        ValueError: shards are already there, nothing is readable, or nothing was given.
+        ValueError: shards already exist, no image is readable, or there are no samples.
     """
     destination, settings = Path(destination), settings or PackSettings()
     if not samples:
@@ -148,7 +148,7 @@ def pack(
 
 
 def _check_labels(samples: SampleTable, classes: list[str] | None, destination: Path) -> None:
-    """Raise ValueError for samples without a label, or with one beyond the classes, where classes are given."""
+    """If classes are given, raise ValueError for samples whose label is missing or out of range."""
     if classes is None:
         return
     unlabeled = int((samples.labels == NO_LABEL).sum())
@@ -163,7 +163,7 @@ def _check_labels(samples: SampleTable, classes: list[str] | None, destination: 
 
 
 def _begin(job: PackJob, identity: dict, overwrite: bool, skipped: dict[str, str]) -> None:
-    """Make the folder and decide where shards begin, or go on with what an earlier attempt left there."""
+    """Create the folder and decide where shards begin, or resume an earlier attempt."""
     job_file = job.folder / "job.json"
     if job_file.exists():
         earlier = load_job(job.folder)
@@ -184,10 +184,10 @@ def _begin(job: PackJob, identity: dict, overwrite: bool, skipped: dict[str, str
                 f"{job.folder}: an unfinished packing of something else (other {', '.join(changed)}). "
                 "Finish it, delete that folder, or pass --overwrite."
             )
-        for old in job.folder.glob("[sj]*"):  # shards, reports and the job; not the locks that are held
+        for old in job.folder.glob("[sj]*"):  # shards, reports and the job, but not the locks in use
             old.unlink()
     job.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(job.folder / "job.lock"):  # of several parts that begin at once, the first decides
+    with FileLock(job.folder / "job.lock"):  # if several parts start together, the first decides
         if not job_file.exists():
             job.cut()
             write_atomically(job_file, json.dumps(identity | {"starts": job.starts.tolist(), "passed_over": skipped}))

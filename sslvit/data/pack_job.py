@@ -1,4 +1,4 @@
-"""What decides the bytes of the shards of one packing, and the writing of one shard."""
+"""The job of packing: everything that determines the bytes of the shards, and the writing of one shard."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from sslvit.data.store import BLOCK, MAX_MEMBER_NAME, PackSettings, TarWriter, s
 from sslvit.data.unfinished import digest_samples, digest_times, load_report, save_report, shard_name
 from sslvit.files import new_file
 
-MAX_ENCODED_SUFFIX = 4  # webp
-TRIAL_IMAGES = 64  # encoded ahead to estimate how long the others become
+MAX_ENCODED_SUFFIX = 4  # the length of webp
+TRIAL_IMAGES = 64  # images encoded in advance to estimate the size of the others
 
 
 @dataclass
 class PackJob:
-    """Everything that decides the bytes of the shards; the processes share it by fork.
+    """Everything that determines the bytes of the shards; worker processes share it by fork.
 
     Args:
-        samples: Samples in the order of their source, as a table, which the processes do not copy.
+        samples: Samples in the order of their source; a table, which forked processes need not copy.
         folder: Folder for finished shards.
         settings: How images are stored.
-        keys: unique names, one per sample.
-        order: sample numbers in the order of packing.
-        starts: position in that order at which each shard begins, and the end.
+        keys: Unique names, one per sample.
+        order: Sample numbers in the order of packing.
+        starts: Position in that order at which each shard begins, and the end.
     """
 
     samples: SampleTable
@@ -61,13 +61,13 @@ class PackJob:
         return len(self.starts) - 1
 
     def identity(self, classes: list[str] | None) -> dict:
-        """What must be the same for a restart to go on."""
+        """Properties that must be unchanged for a restart to resume the job."""
         source, times = digest_samples(self.samples), digest_times(self.samples)
         more = {"classes": classes, **asdict(self.settings)}
         return {"images": len(self.samples), "source": source, "times": times, **more}
 
     def _stored_bytes(self) -> np.ndarray:
-        """About how long each sample becomes, in the order of packing; files that stay as they are exactly so."""
+        """Estimated stored size of each sample, in the order of packing; exact for files stored unchanged."""
         sizes = self.samples.bytes[self.order].astype(float)
         headers = BLOCK + 2 * BLOCK * (self.samples.labels[self.order] != NO_LABEL)
         if self.settings.describe():
@@ -83,7 +83,7 @@ class PackJob:
         return np.ceil(sizes / BLOCK) * BLOCK + headers
 
     def __call__(self, number: int, tick: Callable[[int], None]) -> ShardReport:
-        """Write one shard and its report, each whole or not at all."""
+        """Write one shard and its report, each atomically."""
         finished = load_report(self.folder, number)
         numbers = self.order[self.starts[number] : self.starts[number + 1]]
         if finished is not None:
@@ -94,7 +94,7 @@ class PackJob:
         with new_file(self.folder / shard_name(number)) as temporary:
             with TarWriter(temporary) as tar:
                 for position, i in enumerate(numbers):
-                    tick(position % 2)  # half of the images are done when all are copied, all when they are measured
+                    tick(position % 2)  # copying counts for half of the progress, measuring for the other
                     self._add(tar, i, rows, skipped)
             records = np.array(rows, RECORD)
             shard = Shard(shard_name(number), len(records), temporary.stat().st_size, tar.digest.hexdigest())
@@ -109,14 +109,14 @@ class PackJob:
         return report
 
     def _add(self, tar: TarWriter, number: int, rows: list[tuple[int, int, int]], skipped: dict[str, str]) -> None:
-        """Write one sample, or note why not."""
+        """Write one sample, or record why it is skipped."""
         sample = self.samples[number]
         try:
             content, suffix = store(sample.read(), sample.suffix, self.settings)
         except BadImage as error:
             skipped[sample.key + sample.suffix] = str(error)
             return
-        except OSError as error:  # of reading; what the disk says of writing ends the packing
+        except OSError as error:  # a read error; write errors end the packing
             skipped[sample.key + sample.suffix] = error.strerror or str(error)
             return
         offset = tar.add(self.keys[number] + suffix, content)
@@ -126,7 +126,7 @@ class PackJob:
 
 
 def _shard_starts(sizes: np.ndarray, limit: float) -> np.ndarray:
-    """Where shards begin so that none grows past the limit, unless one image alone does."""
+    """Positions at which shards begin, so that none exceeds the limit unless a single image does."""
     ends = np.cumsum(sizes)
     starts = [0]
     while starts[-1] < len(sizes):
@@ -136,12 +136,12 @@ def _shard_starts(sizes: np.ndarray, limit: float) -> np.ndarray:
 
 
 def _unique_keys(samples: Samples) -> list[str]:
-    """Keys without dots, which WebDataset would split at, inside their folder, and short enough for a tar header."""
+    """Unique keys that are relative paths without dots, where WebDataset splits names, and fit a tar header."""
     used: set[str] = set()
     keys = []
     for number, sample in enumerate(samples):
         key = re.sub(r"[^\w/+-]", "_", sample.key).strip("/")
-        ending = max(len(sample.suffix), MAX_ENCODED_SUFFIX) + 1  # an image may be stored in another format
+        ending = max(len(sample.suffix), MAX_ENCODED_SUFFIX) + 1  # the image may be re-encoded
         if key in used or not key or len(key.encode()) + ending > MAX_MEMBER_NAME:
             key = f"{number:09d}"
             while key in used:

@@ -1,4 +1,4 @@
-"""Tensors in one piece of memory, so that they travel to a device in one copy."""
+"""Tensors in one block of memory, so that one copy moves them to a device."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ALIGNMENT = 64  # bytes at multiples of which each tensor begins
+ALIGNMENT = 64  # bytes; each tensor begins at a multiple
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Tensors of any types and shapes that lie one after the other in a buffer.
+    """Tensors of any dtypes and shapes, one after the other in a buffer.
 
     Args:
-        buffer: Their bytes.
-        layout: First byte, type and shape of each.
+        buffer: The bytes of all tensors.
+        layout: First byte, dtype and shape of each tensor.
     """
 
     buffer: Tensor
@@ -26,7 +26,7 @@ class Packed:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Packed:
-        """Pack tensors of one device; those that lie in one buffer already are left where they are."""
+        """Pack tensors of one device; tensors that are already packed are not copied."""
         layout, end = [], 0
         for tensor in tensors:
             layout.append((end, tensor.dtype, tensor.shape))
@@ -54,13 +54,13 @@ class Packed:
         ]
 
     def pin_memory(self) -> Packed:
-        """The same in page-locked memory, from which a GPU copies without anyone waiting."""
+        """Copy to page-locked memory, from which copies to a GPU do not block."""
         return Packed(self.buffer.pin_memory(), self.layout)
 
     def send(self, device: torch.device) -> Packed:
-        """The same on a device, through page-locked memory where that is a GPU."""
+        """Copy to a device; for a GPU, through page-locked memory."""
         return (self.pin_memory() if device.type == "cuda" else self).to(device)
 
     def to(self, device: torch.device) -> Packed:
-        """The same on a device, by one copy; nobody waits for it where the memory is page-locked."""
+        """Copy to a device in one piece; does not block if the memory is page-locked."""
         return Packed(self.buffer.to(device, non_blocking=device.type == "cuda"), self.layout)

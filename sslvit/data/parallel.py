@@ -1,4 +1,4 @@
-"""The same work on many numbered pieces, in processes."""
+"""Run a job on many numbered pieces of work in parallel processes."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from sslvit.stopping import Preempted
 
 PARENT_CHECK_SECONDS = 0.5  # between checks that a worker's parent still runs
 Result = TypeVar("Result")
-Tick = Callable[[int], None]  # is told how many more units are done
-_state: tuple[Callable[[int, Tick], Any], Any] | None = None  # of a worker process: the job, and its shared counter
+Tick = Callable[[int], None]  # reports the number of units completed since the last call
+_state: tuple[Callable[[int, Tick], Any], Any] | None = None  # in a worker process: the job and the shared counter
 
 
 def in_parallel(
     job: Callable[[int, Tick], Result], jobs: int | list[int], workers: int | None, what: str, total: int,
     unit: str = "images",
 ) -> Iterator[Result]:  # fmt: skip
-    """job(number, tick) for every number, in processes, results in order; shows how far it is.
+    """Run job(number, tick) for every number in parallel, with a progress display; yields the results in order.
 
-    The jobs are so many, or have these numbers; tick(n) tells that n more units of the total are done. Without a number
-    of workers there is one process per core.
+    `jobs` is the number of jobs, or a list of their numbers. tick(n) reports that n more units of the total are done.
+    If `workers` is None, there is one process per core.
     """
     numbers = list(range(jobs)) if isinstance(jobs, int) else jobs
     workers = min(workers or cpu_cores(), len(numbers))
@@ -47,7 +47,7 @@ def in_parallel(
                 yield from pool.map(_run, numbers)
         except BrokenProcessPool as error:
             raise RuntimeError(f"{what}: a process was killed, perhaps for its memory. Use fewer --workers.") from error
-        except (KeyboardInterrupt, Preempted, GeneratorExit):  # nobody waits for what is half done
+        except (KeyboardInterrupt, Preempted, GeneratorExit):  # do not wait for unfinished work
             for process in set(multiprocessing.active_children()).difference(others):
                 process.terminate()
             raise
@@ -59,16 +59,16 @@ def _start(job: Callable[[int, Tick], Any], done: Any) -> None:
     global _state
     import torch
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # what the parent does then is not for its workers
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # the parent's handlers are not meant for workers
         signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells them, too: their parent ends them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the workers; the parent stops them
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     _state = job, done
 
 
 def _exit_with(parent: int) -> None:
-    """End this process when its parent has: one that was killed tells nobody, and its workers would wait for ever."""
+    """Exit when the parent has exited; otherwise the workers of a killed parent would wait forever."""
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SECONDS)
     os._exit(1)

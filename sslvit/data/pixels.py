@@ -1,4 +1,4 @@
-"""Shards -> pixels -> a palette fitted on them."""
+"""Sample pixels from shards and fit a color palette to them."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from sslvit.settings.views import CenterSettings
 
 logger = logging.getLogger(__name__)
 
-PIXELS = 2**19  # number that a palette is fitted on
-MAX_IMAGES = 20_000  # that pixels are sampled from
+PIXELS = 2**19  # approximate number of pixels to fit a palette on
+MAX_IMAGES = 20_000  # images to sample pixels from
 BATCH = 64
 PICTURE_IMAGES = 8  # images in the picture
-DIGITS = 6  # behind the point of a saved color: a thousandth of a byte is 1e-5
+DIGITS = 6  # decimals of a saved color; one gray level of 255 is 0.008
 
 
 def make_palette(
     index: ShardIndex, out: str | Path, colors: int | None = None, image_size: int = 32, seed: int = 0
 ) -> dict:
-    """Fit a palette on a data set's pixels; write it as JSON, and as a picture beside that.
+    """Fit a palette to a data set's pixels; write it as JSON, with a picture beside it.
 
     Args:
         index: Index of the data set.
-        out: the JSON file; the picture has its name with .png.
+        out: JSON file to write; the picture has the same name with .png.
         colors: Number of colors; None for 8 per channel: 512, or 8 grays.
-        image_size: side of the images that the encoder will see.
+        image_size: Side of the images that the encoder will see.
         seed: Seed of the sampled pixels and of the first centers.
 
     Returns:
-        What the file says.
+        The content of the JSON file.
 
     Raises:
-        ValueError: more colors than the images have, a file in use, or no readable image.
+        ValueError: more colors than the images have, an existing file, or no readable image.
         OSError: the file cannot be written.
     """
     check_palette_options(out, colors, image_size, seed)
@@ -75,13 +75,13 @@ def make_palette(
     try:
         write_atomically(out, json.dumps(content) + "\n")
     except BaseException:
-        picture.unlink(missing_ok=True)  # which would refuse the next try
+        picture.unlink(missing_ok=True)  # otherwise the next attempt is rejected
         raise
     return content
 
 
 def check_palette_options(out: str | Path, colors: int | None, image_size: int, seed: int) -> None:
-    """Raise ValueError on options that no palette could be made with, before any work."""
+    """Raise ValueError for invalid options, before any work is done."""
     out = Path(out)
     if out.suffix != ".json":
         raise ValueError(f"{out}: a palette is written as JSON. Choose a name that ends in .json.")
@@ -103,10 +103,10 @@ def check_palette_options(out: str | Path, colors: int | None, image_size: int, 
 def sample_pixels(
     index: ShardIndex, image_size: int, seed: int
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "b c h w"]]:
-    """Pixels in [-1, 1] from all over a data set, the same for the same seed; and the first images whole.
+    """Sample pixels in [-1, 1] from a whole data set, depending only on the seed; also returns the first images.
 
-    Each image gives as many, from random positions; of more than MAX_IMAGES images a random subset is read, in
-    storage order.
+    Each image gives the same number of pixels, at random positions. Of more than MAX_IMAGES images, a random subset is
+    read in storage order.
     """
     selected = np.arange(len(index))
     if len(index) > MAX_IMAGES:

@@ -1,13 +1,13 @@
-"""Which samples make up each batch: a pure function of (seed, step). No I/O, and no state but the step.
+"""The samples of each batch, as a pure function of (seed, step). There is no I/O, and no state but the step.
 
 Global batch t of B samples is the same, in the same order, for any number of ranks, workers and micro-batches;
-rank r takes the contiguous slice r of it, and micro-batch m the contiguous slice m of that. A resume needs the
-step and nothing else.
+rank r takes the contiguous slice r of it, and micro-batch m the contiguous slice m of that. To resume, only the step
+is needed.
 
-A small set is permuted as a whole in every epoch. A large one cannot be: every batch would touch B shards. There
-the shards are permuted into a ring, L lanes of equal length are cut from it at a random position, and each lane is
-shuffled inside a window of a few shards; a batch takes B/L samples of every lane. L and the window are properties of
-the run, never of its ranks or workers.
+A small data set is permuted as a whole in every epoch. For a large one, every batch would then touch B shards. Instead,
+its shards are permuted into a ring, L lanes of equal length are cut from the ring at a random position, and each lane
+is shuffled within windows of a few shards; a batch takes B/L samples of every lane. L and the window are properties of
+the run and never depend on ranks or workers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 
 from sslvit import rng
 
-FULL_PERMUTATION_SAMPLES = 1_000_000  # sets up to this size are permuted as a whole
+FULL_PERMUTATION_SAMPLES = 1_000_000  # data sets up to this size are permuted as a whole
 LANES = 64
 
 
 def evenly_spaced(images: int, limit: int) -> np.ndarray:
-    """Sample numbers of at most `limit` images, evenly spaced over a data set."""
+    """Numbers of at most `limit` images, evenly spaced over a data set."""
     return np.unique(np.linspace(0, images - 1, min(images, limit)).astype(int))
 
 
@@ -32,11 +32,11 @@ class EpochPlan:
     """The order of one training set.
 
     Args:
-        shard_samples: Number of samples in each shard; samples are numbered through them.
-        global_batch_size: B, samples per optimizer step over all ranks.
+        shard_samples: Number of samples in each shard; samples are numbered consecutively across shards.
+        global_batch_size: Number B of samples per optimizer step, over all ranks.
         seed: Seed of the order.
-        lanes: L; None for one up to a million samples and gcd(64, B) above.
-        window_shards: shards of a lane that are shuffled together.
+        lanes: Number L of lanes; None for one permutation up to a million samples, and gcd(64, B) lanes above.
+        window_shards: Number of shards of a lane that are shuffled together.
 
     Raises:
         ValueError: fewer samples than one batch, or lanes that do not divide the batch.
@@ -67,19 +67,19 @@ class EpochPlan:
             )
         windowed = window_shards * math.ceil(self.samples / len(self.shard_samples))
         self.window = self.samples if self.is_whole else windowed
-        self.per_lane = global_batch_size // self.lanes  # rows of a batch that come from one lane
+        self.per_lane = global_batch_size // self.lanes  # rows of a batch from each lane
         self.lane_length = self.steps_per_epoch * self.per_lane
         self._rings: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
         self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in one epoch."""
+        """Number of whole batches in one epoch."""
         return self.samples // self.global_batch_size
 
     @property
     def dropped_per_epoch(self) -> int:
-        """Samples left over at the end of each epoch; others in each."""
+        """Number of samples left over in each epoch; they differ from epoch to epoch."""
         return self.samples % self.global_batch_size
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +94,7 @@ class EpochPlan:
         return samples, np.full(len(rows), epoch)
 
     def shards_near(self, step: int, start: int = 0, stop: int | None = None) -> list[int]:
-        """Return the shards that these rows read at this step, then those of the windows that follow."""
+        """Return the shards that these rows read at this step, then those of the next windows."""
         if self.is_whole:
             return np.flatnonzero(self.shard_samples).tolist()
         epoch, epoch_step = divmod(step, self.steps_per_epoch)
@@ -111,23 +111,23 @@ class EpochPlan:
         return [shard for shard in dict.fromkeys(now + ahead) if self.shard_samples[shard]]
 
     def shards_at_once(self, start: int = 0, stop: int | None = None) -> int:
-        """Return how many shards these rows need within reach at any time."""
+        """Return the number of shards that must be available at a time for these rows."""
         if self.is_whole:
             return int(np.count_nonzero(self.shard_samples))
         first, last = self._lanes_of(start, stop)
         smallest_first = np.cumsum(np.sort(self.shard_samples))
-        window_shards = int(np.searchsorted(smallest_first, self.window)) + 2  # it may begin and end inside shards
+        window_shards = int(np.searchsorted(smallest_first, self.window)) + 2  # windows may begin and end inside shards
         return min(len(self.shard_samples), (last - first + 1) * 2 * window_shards)  # this window and the next
 
     def identity(self) -> dict[str, int | str]:
-        """Return everything that decides the order."""
+        """Return everything that determines the order."""
         return {
             "samples": self.samples, "global_batch_size": self.global_batch_size, "seed": self.seed,
             "lanes": self.lanes, "window": self.window,
         }  # fmt: skip
 
     def _samples_at(self, epoch: int, lane: int, positions: np.ndarray) -> np.ndarray:
-        """Sample numbers at positions of a lane."""
+        """Sample numbers at the given positions of a lane."""
         samples = np.empty(len(positions), np.int64)
         windows = self._window_of(lane, positions)
         for window in np.unique(windows):
@@ -137,7 +137,7 @@ class EpochPlan:
         return samples
 
     def _window_order(self, epoch: int, lane: int, window: int) -> tuple[int, np.ndarray]:
-        """First position of a window in its lane, and its samples in their order. The latest of each lane is kept."""
+        """First position of a window in its lane, and its shuffled samples; caches the latest window of each lane."""
         begin, stop = self._window_range(lane, window)
         cached = self._windows.get(lane)
         if cached is not None and cached[0] == (epoch, window):
@@ -154,12 +154,12 @@ class EpochPlan:
         return (position + self.window - self._first_window(lane)) // self.window
 
     def _window_range(self, lane: int, window: int) -> tuple[int, int]:
-        """Positions of a lane that its window covers, the second one excluded."""
+        """Start and stop of the positions that a window of a lane covers."""
         begin = window * self.window - (self.window - self._first_window(lane))
         return max(0, begin), min(begin + self.window, self.lane_length)
 
     def _first_window(self, lane: int) -> int:
-        """Length of a lane's first window: another for each, so that lanes do not all need new shards at once."""
+        """Length of a lane's first window, which differs so that lanes do not all need new shards at the same time."""
         return max(1, self.window * (lane + 1) // self.lanes)
 
     def _lanes_of(self, start: int, stop: int | None) -> tuple[int, int]:
@@ -167,9 +167,9 @@ class EpochPlan:
         return start // self.per_lane, (stop - 1) // self.per_lane
 
     def _ring_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """This epoch's shards in their order, where each starts on the ring, and where the first lane does.
+        """The epoch's shards in order, the start of each on the ring, and the start of the first lane.
 
-        The samples that the epoch drops lie between the last lane and the first: at a random position, so that no
+        The samples that the epoch drops lie between the last lane and the first. Their position is random, so that no
         sample is dropped more often than others.
         """
         if epoch not in self._rings:
@@ -197,16 +197,16 @@ class EpochPlan:
 
 
 class EvaluationBatches:
-    """Every sample exactly once over all ranks, in batches of one size and equally many on each: (numbers, valid).
+    """Every sample exactly once over all ranks, as batches (numbers, valid) of one size, equally many on each rank.
 
-    Batch t of rank r holds the samples from (t * ranks + r) * batch_size on. Rows past the end repeat the last sample
-    and are marked False in `valid`, so that features do not depend on how many samples happen to be left. Each batch is
-    made when it is asked for.
+    Batch t of rank r starts at sample (t * ranks + r) * batch_size. Rows past the end repeat the last sample and are
+    False in `valid`; so all batches have one size, and features do not depend on the size of the last batch. Batches
+    are made on access.
 
     Args:
         samples: Number of samples.
-        batch_size: Most rows of a batch; there are fewer where as many batches hold all samples, too.
-        rank: Whose batches these are.
+        batch_size: Maximum batch size; it is reduced if the same number of batches still holds all samples.
+        rank: Rank that gets these batches.
         ranks: Number of ranks.
     """
 

@@ -1,4 +1,4 @@
-"""Images as people have them -> the batch that evaluation would make of them."""
+"""Preprocess images from Python (paths, PIL images, arrays) as evaluation does."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from sslvit.files import brief, expand_path, printable
 from sslvit.settings import EncoderSettings
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
-AS_TIFF = {"CMYK", "YCbCr", "LAB"}  # modes that PNG has not
-AS_OTHER = {"HSV": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "PA": "RGBA", "La": "LA"}  # modes that no format has
+AS_TIFF = {"CMYK", "YCbCr", "LAB"}  # modes that PNG does not support
+AS_OTHER = {"HSV": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "PA": "RGBA", "La": "LA"}  # modes that no file format supports
 FLOATS = (
     "holds {}, and nothing says which value is white. Give 8 or 16 bits, such as (image * 255).round().astype('uint8') "
     "for values from 0 to 1."
@@ -29,15 +29,18 @@ FLOATS = (
 
 
 def preprocess(images: ImageLike | Sequence[ImageLike], encoder: EncoderSettings) -> Tensor:
-    """Normalized images 'b c h w' as evaluation sees them: turned upright, cropped, resized, in the encoder's channels.
+    """Preprocess images as evaluation does: upright, cropped, resized, in the encoder's channels, normalized.
 
     Args:
-        images: An image, or several: paths, PIL images, or arrays 'h w' or 'h w c' of 8 or 16 bits.
-        encoder: How the encoder sees images.
+        images: One image or several: paths, PIL images, or arrays 'h w' or 'h w c' of 8 or 16 bits.
+        encoder: Settings of the encoder.
+
+    Returns:
+        Images 'b c h w'.
 
     Raises:
-        ValueError: Something that is no such image; floating-point values, whose range nothing tells.
-        FileNotFoundError: No such file.
+        ValueError: not such an image, or floating-point values, whose range is unknown.
+        FileNotFoundError: a file does not exist.
     """
     several = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
     if not several:
@@ -54,10 +57,10 @@ def preprocess(images: ImageLike | Sequence[ImageLike], encoder: EncoderSettings
 
 
 def encoded(image: ImageLike) -> bytes:
-    """An image as the bytes of a file, which lose nothing of it.
+    """Encode an image losslessly as the bytes of a file.
 
     Raises:
-        BadImage: It is none.
+        BadImage: not a supported image.
     """
     if isinstance(image, (str, os.PathLike)):
         return Path(expand_path(os.fspath(image))).read_bytes()
@@ -79,7 +82,7 @@ def _encoded_picture(image: Image.Image) -> bytes:
     if image.mode == "F":
         raise BadImage(FLOATS.format("floating-point values (mode F)"))
     upright, buffer = ImageOps.exif_transpose(image), io.BytesIO()
-    if upright.mode.startswith("I"):  # 16 bits, or 32 that 16 may hold
+    if upright.mode.startswith("I"):  # 16 bits, or 32-bit values that may fit 16 bits
         return ArrayImages(as_uint16(np.asarray(upright))[None]).read(0)
     if upright.mode in AS_OTHER:
         upright = upright.convert(AS_OTHER[upright.mode])

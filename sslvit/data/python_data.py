@@ -1,8 +1,8 @@
-"""Data sets given from Python: torch's map-style ones, Hugging Face's, arrays and lists.
+"""Data sets given as Python objects: map-style data sets of torch, Hugging Face tables, arrays and lists.
 
-Settings hold text only, so a name stands for such a data set while a call runs that was given it: `open_shards` finds
-the data set under that name. The name tells the number of images and a digest, so that config.yaml says in words what
-ran, and a resume on another data set is refused.
+Settings hold text only, so such a data set is registered under a name while the call that was given it runs, and
+`open_shards` looks it up. The name contains the number of images and a digest, so that config.yaml records which data
+was used, and a resume with another data set is rejected.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from sslvit.data.records import RECORD
 from sslvit.files import counted, expand_path, printable
 from sslvit.settings.data import one_source
 
-LOOKED_AT = 64  # images that a data set is known by: their pixels, sizes and channels
-READ_TWICE = 8  # of them, to see whether a sample stays the same
+LOOKED_AT = 64  # images read for the digest and properties of a data set
+READ_TWICE = 8  # of these, to check that reading is deterministic
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -50,11 +50,11 @@ class MapDataset(Protocol):
 
 @dataclass(kw_only=True)
 class PythonIndex(ShardIndex):
-    """A data set given from Python, as one shard without a file: a record's `offset` is the number of its sample.
+    """The index of a data set given from Python: one shard without a file; a record's `offset` is its sample number.
 
     Args:
         source: The data set.
-        label_note: Why labels that are there are not used; empty where none are there.
+        label_note: Reason why existing labels are not used; otherwise empty.
     """
 
     source: Samples
@@ -64,15 +64,15 @@ class PythonIndex(ShardIndex):
         """Return a sample's image.
 
         Raises:
-            BadImage: there is none.
+            BadImage: the sample has no image.
         """
         return self.source.read(int(self.records[sample]["offset"]))[0]
 
     def labels_of(self, samples: np.ndarray | slice) -> np.ndarray:
-        """Return class numbers, for which the samples are read where nothing lists them.
+        """Return class numbers; reads all samples if no attribute or column lists the labels.
 
         Raises:
-            ValueError: these images have none.
+            ValueError: the images have no labels.
         """
         self.read_labels()
         if self.classes is None:
@@ -84,7 +84,7 @@ class PythonIndex(ShardIndex):
         return super().labels_of(samples)
 
     def read_labels(self) -> None:
-        """Read the samples for their labels, unless these are known."""
+        """Read all samples for their labels, unless the labels are known."""
         if self.classes is None and not self.label_note:
             *_, examples = look_at(self.source)
             found = find_labels(self.source, examples, reads_samples=True)
@@ -97,12 +97,12 @@ class PythonIndex(ShardIndex):
         return f"{self.source.kind}[{int(self.records[sample]['offset'])}]"
 
     def missing_shards(self) -> dict[int, str]:
-        """Return nothing: there are no files."""
+        """Return an empty dict, since there are no files."""
         return {}
 
 
 def is_dataset(data: Any) -> bool:
-    """Whether data is given as an object, and not by names."""
+    """Whether data is a data set object, not a name or several names."""
     if data is None or isinstance(data, (str, os.PathLike)):
         return False
     is_names = isinstance(data, (list, tuple)) and all(isinstance(name, (str, os.PathLike)) for name in data)
@@ -110,14 +110,14 @@ def is_dataset(data: Any) -> bool:
 
 
 def samples_of(dataset: Any, label_column: str | None = None) -> Samples:
-    """The samples of a data set, by number; of a table of Hugging Face, the columns of image and label.
+    """Give access to a data set's samples by number; for a Hugging Face table, to its image and label columns.
 
     Args:
         dataset: A map-style data set.
-        label_column: Column of labels in a table; None for the one that its type or name tells.
+        label_column: Label column of a table; None to find it by type or name.
 
     Raises:
-        ValueError: it gives no samples by number; the message says what does.
+        ValueError: the data set is empty or not map-style; the message says what to give instead.
     """
     kind = type(dataset).__name__
     if isinstance(dataset, DataLoader):
@@ -136,16 +136,16 @@ def samples_of(dataset: Any, label_column: str | None = None) -> Samples:
 
 
 def python_index(dataset: Any) -> PythonIndex:
-    """The index of a data set that is given from Python.
+    """Make the index of a data set given from Python.
 
-    Some of its images are looked at. Labels are those that an attribute or a column lists; `read_labels` finds others.
+    A few images are read. Labels come from an attribute or column; `read_labels` finds labels given by the samples.
 
     Args:
         dataset: A map-style data set.
 
     Raises:
-        ValueError: not map-style, none of the images that are looked at can be read, or they differ from one reading to
-            the next.
+        ValueError: the data set is not map-style, none of the images read is usable, or an image changes from one
+            reading to the next.
     """
     source = samples_of(dataset)
     measured, digest, examples = look_at(source)
@@ -162,10 +162,10 @@ def python_index(dataset: Any) -> PythonIndex:
 
 
 def look_at(source: Samples) -> tuple[Measured, Any, dict[int, Any]]:
-    """Measure some images, and compute a digest of them and of their number; also their labels, by sample.
+    """Read some images; returns their properties, a digest of them and of the number of images, and their labels.
 
     Raises:
-        ValueError: none can be read, or one is another image when it is read again.
+        ValueError: no image is readable, or one changes when it is read again.
     """
     count = len(source)
     items = rng.generator(count, "look").choice(count, min(LOOKED_AT, count), replace=False, shuffle=False)
@@ -196,7 +196,7 @@ def look_at(source: Samples) -> tuple[Measured, Any, dict[int, Any]]:
 
 
 def as_bytes(content: Content) -> bytes:
-    """What tells an image from others."""
+    """Bytes that identify an image."""
     if isinstance(content, bytes):
         return content
     shape = content.shape if isinstance(content, np.ndarray) else (content.mode, content.size)
@@ -205,14 +205,14 @@ def as_bytes(content: Content) -> bytes:
 
 # ---- names of data sets that are given -----------------------------------------------------------------------
 
-_given: dict[str, PythonIndex] = {}  # while a call runs that was given them
+_given: dict[str, PythonIndex] = {}  # registered only during the call that was given them
 
 
 def given_index(name: str) -> PythonIndex:
-    """The data set that a name stands for.
+    """Look up the data set registered under a name.
 
     Raises:
-        ValueError: it was not given to the call that runs.
+        ValueError: no running call was given this data set.
     """
     if name not in _given:
         raise ValueError(
@@ -225,12 +225,12 @@ def given_index(name: str) -> PythonIndex:
 def takes_datasets(
     *parameters: str, labels: Literal["listed", "read", "needed"] = "listed"
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator of functions that take data by name: their parameters, and those settings, take data sets, too.
+    """Decorate a function that takes data by name, so that the given parameters and settings also take data sets.
 
     Args:
-        parameters: Names of parameters, or of settings among **changes, such as online.train, which need labels.
-        labels: What becomes of labels in the data of the parameters: taken where something lists them all; read from
-            the samples otherwise; refused where there are none.
+        parameters: Names of parameters, or of settings in **changes such as online.train, which require labels.
+        labels: Use of labels for the parameters: "listed" uses labels from an attribute or column only, "read" also
+            reads the samples for them, and "needed" raises ValueError if there are none.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -249,9 +249,9 @@ def takes_datasets(
                     if use == "read":
                         index.read_labels()
                     elif use == "needed":
-                        index.labels_of(slice(0))  # refuses before anything is done
+                        index.labels_of(slice(0))  # raises an error before any work is done
                     where[name] = index.location
-                    if index.location not in _given:  # a callback may score on what its run was given
+                    if index.location not in _given:  # nested calls may be given the same data set
                         registered.append(index.location)
                         _given[index.location] = index
             try:
@@ -266,14 +266,14 @@ def takes_datasets(
 
 
 NameLike = str | Path | Sequence[str | Path]
-DataLike = NameLike | MapDataset  # what stands for images in a call
+DataLike = NameLike | MapDataset  # data as the Python functions accept it
 
 
 def name_of(data: DataLike | None) -> str | None:
-    """Data by one name; a data set has one by now (`takes_datasets`)."""
+    """Data as a single name; `takes_datasets` has already replaced data sets by names."""
     return one_source(cast(NameLike | None, data))
 
 
 def path_of(data: DataLike) -> str:
-    """The same with the user's home in the place of `~`, empty where there is no data."""
+    """`name_of` with `~` expanded; empty if there is no data."""
     return expand_path(name_of(data) or "")

@@ -1,4 +1,4 @@
-"""Labels of a data set that is given from Python: from an attribute or a column, or sample by sample."""
+"""Labels of a data set given from Python, from an attribute, a column or the samples."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sslvit.data.labels import NotClasses, Unlabeled, labels_in, number_labels
 from sslvit.data.parallel import in_parallel
 from sslvit.data.python_samples import Samples
 
-CHUNK_SAMPLES = 256  # that a process reads before it takes others
+CHUNK_SAMPLES = 256  # samples per piece of work for a process
 
 
 @dataclass
 class Labels:
     """Class names, and the class number of every sample; both None without labels.
 
-    The note says why labels that are there are not used; empty where none are there.
+    The note is the reason why existing labels are not used; otherwise empty.
     """
 
     classes: list[str] | None = None
@@ -33,12 +33,12 @@ class Labels:
 
 
 def find_labels(source: Samples, examples: Mapping[int, Any], reads_samples: bool) -> Labels:
-    """The labels of a data set.
+    """Find the labels of a data set.
 
     Args:
         source: The data set.
-        examples: Labels of some samples, by number, as the samples themselves say.
-        reads_samples: Read all samples where nothing lists their labels.
+        examples: Labels of some samples by number, as given by the samples themselves.
+        reads_samples: Whether to read all samples if no attribute or column lists the labels.
     """
     if is_hugging_face(source.dataset):
         found, names = label_column(source.dataset)
@@ -46,7 +46,7 @@ def find_labels(source: Samples, examples: Mapping[int, Any], reads_samples: boo
         found, names = listed_labels(source.dataset)
     told = {item: label for item, label in examples.items() if label is not None}
     if found is not None and any(plain(found[item]) != plain(label) for item, label in told.items()):
-        found = None  # the samples say something else
+        found = None  # the samples contradict the list
     if found is None and reads_samples and told:
         found = read_labels(source)
     if found is None:
@@ -64,7 +64,7 @@ def find_labels(source: Samples, examples: Mapping[int, Any], reads_samples: boo
 
 
 def listed_labels(dataset: Any) -> tuple[list[Any] | None, list[str] | None]:
-    """The labels that a data set lists as torchvision's do, or None; names of their classes, or None."""
+    """Labels and class names from attributes, as torchvision's data sets have them; each may be None."""
     if isinstance(dataset, Subset):
         whole, names = listed_labels(dataset.dataset)
         return None if whole is None else [whole[item] for item in dataset.indices], names
@@ -80,7 +80,7 @@ def listed_labels(dataset: Any) -> tuple[list[Any] | None, list[str] | None]:
 
 
 def read_labels(source: Samples) -> list[Any]:
-    """The label of every sample, which is read for it; the first one's for those that cannot be read."""
+    """Read every sample for its label; an unreadable sample gets the first label that was found."""
 
     def read_chunk(chunk: int, tick: Callable[[int], None]) -> list[Any]:
         found: list[Any] = []
@@ -100,7 +100,7 @@ def read_labels(source: Samples) -> list[Any]:
 
 
 def plain(label: Any) -> Any:
-    """A label as a number or text of Python."""
+    """Convert a label to plain Python numbers, text or lists."""
     if isinstance(label, Tensor):
         label = label.detach().cpu().numpy()
     if isinstance(label, (np.ndarray, np.generic)):

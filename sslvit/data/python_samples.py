@@ -1,7 +1,8 @@
-"""Samples of a data set that is given from Python -> their images, decoded or not, and their labels.
+"""Images (decoded or not) and labels from the samples of a data set given from Python.
 
-An image is a PIL image, an array 'h w' or 'h w c', or a tensor 'h w' or 'c h w': of 8 or 16 bits, or of floating-point
-numbers from 0 to 1, which are rounded to 8 bits. It stands alone, before its label in a tuple, or in a dict.
+An image is a PIL image, an array 'h w' or 'h w c', or a tensor 'h w' or 'c h w', with 8 or 16 bits or with
+floating-point values from 0 to 1, which are rounded to 8 bits. A sample is an image, a tuple (image, label, ...) or a
+dict.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from sslvit.data.header import MODES, BadImage, Content
 from sslvit.data.labels import LABEL_NAMES
 from sslvit.files import brief, printable
 
-IMAGE_NAMES = ("image", "img", "images", "picture", "pixel_values", "pixels")  # of what holds the image in a dict
-MAX_AXIS_OF_CHANNELS = 4  # an axis up to this length, where the others are longer, is that of the channels
-FLOAT_MARGIN = 1e-3  # beyond 0 and 1, which arithmetic in float32 may leave
+IMAGE_NAMES = ("image", "img", "images", "picture", "pixel_values", "pixels")  # keys of the image in a dict
+MAX_AXIS_OF_CHANNELS = 4  # an axis up to this length, with the others longer, is the channel axis
+FLOAT_MARGIN = 1e-3  # tolerance around [0, 1], for float32 rounding errors
 
 
 class Samples:
-    """A data set, of which a sample is asked by its number.
+    """Reads the samples of a data set by number.
 
     Args:
-        dataset: The user's.
+        dataset: The user's map-style data set.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -43,12 +44,12 @@ class Samples:
         """Return the image of a sample, and its label or None.
 
         Raises:
-            BadImage: the data set raises whatever it does, or gives something that is no image.
+            BadImage: the data set raises an exception or gives something that is not an image.
         """
         try:
             sample = self.dataset[item]
         except MemoryError:
-            raise  # the machine's fault, and not the sample's
+            raise  # a problem of the machine, not of the sample
         except Exception as error:
             raise BadImage(f"{type(error).__name__}: {error}") from error
         image, label = image_and_label(sample)
@@ -74,20 +75,20 @@ def image_and_label(sample: Any) -> tuple[Any, Any]:
 
 
 def is_image(value: Any) -> bool:
-    """Whether a value of a dict can be its image."""
+    """Whether a value in a dict may be the image."""
     return isinstance(value, Image.Image) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim in (2, 3))
 
 
 def as_content(image: Any) -> Content:
-    """An image as `read_header` and `decode` take it.
+    """Convert an image to a form that `read_header` and `decode` accept.
 
     Raises:
-        BadImage: something that is no image, or whose values are not those of pixels.
+        BadImage: not an image, or its values are not valid pixels.
     """
     if isinstance(image, Image.Image):
-        image.load()  # a TIFF is turned upright by that, and then says so
+        image.load()  # this rotates a TIFF upright and updates its orientation
         return image
-    if isinstance(image, Mapping) and {"bytes", "path"} <= image.keys():  # as Hugging Face keeps it
+    if isinstance(image, Mapping) and {"bytes", "path"} <= image.keys():  # an undecoded Hugging Face image
         return image["bytes"] if image["bytes"] is not None else read_file(image["path"])
     if isinstance(image, Tensor):
         return of_array(pixels_of_tensor(image))
@@ -97,10 +98,10 @@ def as_content(image: Any) -> Content:
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of an image file.
+    """Read the bytes of an image file.
 
     Raises:
-        BadImage: it cannot be read.
+        BadImage: the file cannot be read.
     """
     try:
         return Path(path).read_bytes()
@@ -109,7 +110,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def pixels_of_tensor(image: Tensor) -> np.ndarray:
-    """A tensor 'h w' or 'c h w' as an array 'h w' or 'h w c' of 8 or 16 bits."""
+    """Convert a tensor 'h w' or 'c h w' to an array 'h w' or 'h w c' of 8 or 16 bits."""
     image = image.detach().cpu()
     shape = tuple(image.shape)
     if len(shape) == 3 and shape[2] <= MAX_AXIS_OF_CHANNELS < min(shape[:2]):
@@ -121,7 +122,7 @@ def pixels_of_tensor(image: Tensor) -> np.ndarray:
 
 
 def pixels_of_array(image: np.ndarray) -> np.ndarray:
-    """An array 'h w' or 'h w c', in 8 or 16 bits."""
+    """Convert an array 'h w' or 'h w c' to 8 or 16 bits."""
     shape = image.shape
     if len(shape) == 3 and shape[0] <= MAX_AXIS_OF_CHANNELS < min(shape[1:]):
         raise BadImage(f"an array of shape {brief(shape)}: an array is 'h w c', a tensor is 'c h w'")
@@ -129,10 +130,10 @@ def pixels_of_array(image: np.ndarray) -> np.ndarray:
 
 
 def in_pixels(image: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Pixels of 8 or 16 bits; floating-point ones from 0 to 1 become 8 bits.
+    """Check pixels of 8 or 16 bits, and convert floating-point values from 0 to 1 to 8 bits.
 
     Raises:
-        BadImage: another shape or type, or values beyond 0 and 1.
+        BadImage: wrong shape or dtype, or floating-point values outside [0, 1].
     """
     if image.ndim not in (2, 3) or 0 in image.shape:
         raise BadImage(f"{kind} and shape {brief(shape)}; an image has two or three axes")
@@ -141,7 +142,7 @@ def in_pixels(image: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarra
     if image.dtype.kind != "f":
         raise BadImage(f"{kind}; pixels are uint8, uint16, or floating-point numbers from 0 to 1")
     low, high = float(image.min()), float(image.max())
-    if not (low >= -FLOAT_MARGIN and high <= 1 + FLOAT_MARGIN):  # also where they are not numbers
+    if not (low >= -FLOAT_MARGIN and high <= 1 + FLOAT_MARGIN):  # also true for NaN
         raise BadImage(
             f"{kind} with values from {low:.3g} to {high:.3g}; floating-point pixels are from 0 to 1 (leave a "
             "normalization out: the encoder's own is encoder.mean and encoder.std)"
@@ -150,9 +151,9 @@ def in_pixels(image: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarra
 
 
 def of_array(image: np.ndarray) -> Content:
-    """Pixels 'h w' or 'h w c' as the PIL image that they can be, otherwise as the array, as packing stores them."""
+    """Convert pixels 'h w' or 'h w c' to a PIL image if possible, otherwise copy the array, as packing does."""
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[..., 0]
     if image.ndim == 2 or (image.shape[2] in MODES and image.dtype == np.uint8):
         return Image.fromarray(np.ascontiguousarray(image))
-    return np.array(image)  # a copy: the user's own may be changed later, or be read-only
+    return np.array(image)  # copied, since the user's array may change later or be read-only

@@ -1,4 +1,4 @@
-"""Address -> bytes by offset; small data sets are decoded once, in memory."""
+"""Read images by sample number; small data sets are decoded once and kept in memory."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from sslvit.files import REMEDIES, WriteError, printable
 from sslvit.settings.data import MAX_PIXELS
 
 MAX_OPEN_SHARDS = 64  # files kept open per process
-CHUNK_IMAGES = 1024  # images of a small set that a process decodes before it takes others
-OTHER_SIZE = "pixels, the index says"  # of an image that differs from the others
-PREFETCH_THREADS = 2  # shards that a process brings from the network ahead of time
+CHUNK_IMAGES = 1024  # images per piece of work when a small data set is decoded in processes
+OTHER_SIZE = "pixels, the index says"  # part of the message for an image of another size
+PREFETCH_THREADS = 2  # shards that a process fetches from the network in parallel
 
 
 class ReadError(OSError):
-    """A shard is there and cannot be read; the message names it, the reason and the remedy."""
+    """A shard exists but cannot be read; the message gives its path, the reason and the remedy."""
 
 
 class ShardReader:
-    """Images of a data set by sample number. Its files are closed when nobody holds it any more.
+    """Reads the images of a data set by sample number. Its files are closed when it is garbage-collected.
 
-    Sets of small equal images that fit `memory_limit_mb` are decoded once.
+    A data set of small images of one size that fits `memory_limit_mb` is decoded once.
     """
 
     def __init__(
@@ -55,17 +55,17 @@ class ShardReader:
             assert index.image_size is not None
             decoded = self._decode_all(index.image_size, torch.uint8 if index.bits == 8 else torch.float32)
             if isinstance(index, PythonIndex) and any(OTHER_SIZE in reason for reason in self.unreadable.values()):
-                self.unreadable = {}  # of its images only some had been looked at, and they are not all of one size
+                self.unreadable = {}  # only some images were known, and not all have the same size
             else:
                 self.decoded = decoded
 
     def read(self, sample: int) -> Content:
-        """Return the image's bytes, or the image as a data set from Python gives it.
+        """Return the image's bytes, or the decoded image for a data set from Python.
 
         Raises:
-            BadImage: the shard is missing, is not the one of the index, or ends before them.
-            ReadError: the machine, not the shard, is why it cannot be read: no image is to blame for that.
-            WriteError: it has to be fetched, and the disk of the cache is full.
+            BadImage: the shard is missing, does not match the index, or is truncated.
+            ReadError: the shard cannot be read because of a problem of this machine.
+            WriteError: the shard has to be fetched, and the cache's disk is full.
         """
         if isinstance(self.index, PythonIndex):
             return self.index.read(sample)
@@ -73,10 +73,10 @@ class ShardReader:
         try:
             content = os.pread(self._open(shard), size, offset)
         except WriteError:
-            raise  # the cache's disk is full: no fault of the shard
+            raise  # the cache's disk is full, which is not the shard's fault
         except OSError:
-            # once more with new handles: too many files are open, of which these are some; a network file system has
-            # lost what is behind one; the cache has just made room
+            # Retry with new file handles. Too many files may be open, a network file system may have lost a handle, or
+            # the cache may have just evicted the file.
             self.close()
             content = self._read_again(shard, offset, size)
         if len(content) < size:
@@ -97,11 +97,11 @@ class ShardReader:
             raise ReadError(f"{printable(path)}: could not be read ({reason}). {remedy}") from error
 
     def close(self) -> None:
-        """Close all files; those that are read again are opened again."""
+        """Close all files; they are reopened when needed."""
         _close_files(self.files)
 
     def header(self, content: Content) -> Header:
-        """Return size and type of an image, which is upright or as stored, as the index says."""
+        """Return size and type of an image, upright or as stored depending on the index."""
         return read_header(content, self.max_pixels, self.index.orientation == "upright")
 
     def key(self, sample: int) -> str:
@@ -113,29 +113,27 @@ class ShardReader:
         return None if self.index.classes is None else self.index.labels_of(samples).astype(np.int64)
 
     def decoded_images(self, samples: np.ndarray) -> tuple[Tensor, dict[int, str]] | None:
-        """Return images 'b c h w' and the reason for unreadable ones by row; None if the data set is not in memory."""
+        """Return images 'b c h w' and reasons for unreadable rows; None if the data set is not in memory."""
         if self.decoded is None:
             return None
         images = self.decoded.index_select(0, torch.from_numpy(samples))  # 15 times as fast as indexing
         return images, self.unreadable_rows(samples)
 
     def unreadable_rows(self, samples: np.ndarray) -> dict[int, str]:
-        """Return the reason for unreadable samples by row, of a data set in memory."""
+        """Return row -> reason for unreadable samples of a data set in memory."""
         if not self.unreadable:
             return {}
         return {i: self.unreadable[int(s)] for i, s in enumerate(samples) if int(s) in self.unreadable}
 
     def prefetch(self, shards: list[int]) -> None:
-        """Fetch shards from the network, in this order, while others are read; those that are here cost nothing."""
-        if (
-            self.prefetcher is None or self.prefetcher.process != os.getpid()
-        ):  # threads do not follow into a forked worker
+        """Fetch shards from the network in the background, in this order; shards already here cost nothing."""
+        if self.prefetcher is None or self.prefetcher.process != os.getpid():  # threads do not survive a fork
             self.prefetcher = _Prefetcher(self.index)
             weakref.finalize(self, self.prefetcher.stopped.set)
         self.prefetcher.wanted = shards
 
     def _open(self, shard: int) -> int:
-        """The shard's file descriptor; the least recently used is closed when there are many."""
+        """The shard's file descriptor; if too many are open, the least recently used one is closed."""
         file = self.files.pop(shard, None)
         if file is None:
             if shard in self.unreadable_shards:
@@ -151,7 +149,7 @@ class ShardReader:
         return file
 
     def _decode_all(self, size: list[int], pixel: torch.dtype) -> Tensor:
-        """Decode everything, in processes that write into memory that they share."""
+        """Decode all images in processes that write into shared memory."""
         shape = (len(self.index), self.channels, *size)
         shared = mmap.mmap(-1, math.prod(shape) * pixel.itemsize)  # not in /dev/shm, which may be small
         decoded = torch.frombuffer(shared, dtype=pixel).view(shape)
@@ -176,7 +174,7 @@ class ShardReader:
         workers = None if len(self.index) >= 4 * CHUNK_IMAGES else 1  # starting processes takes longer
         for unreadable in in_parallel(decode_chunk, chunks, workers, "decoding", len(self.index)):
             self.unreadable |= unreadable
-        self.close()  # everything is in memory
+        self.close()  # all images are in memory now
         return decoded
 
     def __getstate__(self) -> dict:
@@ -188,7 +186,7 @@ class ShardReader:
 
 
 def fits_in_memory(index: Index, channels: int, memory_limit_mb: int) -> bool:
-    """Whether a data set is of small equal images that are decoded once, since they fit the limit."""
+    """Whether a data set has small images of one size that fit the limit, so that they are decoded once."""
     size, itemsize = index.image_size, 1 if index.bits == 8 else 4
     if size is None or max(size) > SMALL_SIDE:
         return False
@@ -196,7 +194,7 @@ def fits_in_memory(index: Index, channels: int, memory_limit_mb: int) -> bool:
 
 
 def _new_files(reader: ShardReader) -> OrderedDict[int, int]:
-    """File descriptors by shard, the least recently used first, closed when the reader is gone."""
+    """File descriptors by shard, least recently used first; closed when the reader is garbage-collected."""
     files: OrderedDict[int, int] = OrderedDict()
     weakref.finalize(reader, _close_files, files)
     return files
@@ -208,15 +206,15 @@ def _close_files(files: OrderedDict[int, int]) -> None:
 
 
 class _Prefetcher:
-    """Threads that bring wanted shards here, first things first; whoever reads a shard meets its error.
+    """Threads that fetch wanted shards in order; errors are ignored here and raised again when a shard is read.
 
-    Each loader worker has such threads. What another of them fetches already is left to it.
+    Each loader worker has its own threads. Shards that another worker is fetching are skipped.
     """
 
     def __init__(self, index: Index) -> None:
         self.index = index
         self.wanted: list[int] = []
-        self.done: set[int] = set()  # or under way
+        self.done: set[int] = set()  # or being fetched
         self.lock, self.process, self.stopped = threading.Lock(), os.getpid(), threading.Event()
         for _ in range(PREFETCH_THREADS):
             threading.Thread(target=self._work, daemon=True).start()
@@ -233,7 +231,7 @@ class _Prefetcher:
     def _next(self, left_to_others: set[int]) -> int | None:
         with self.lock:
             wanted = self.wanted
-            self.done &= set(wanted)  # what is no longer near may have been evicted when it comes again
+            self.done &= set(wanted)  # other shards may be evicted before they are wanted again
             shard = next((shard for shard in wanted if shard not in self.done | left_to_others), None)
             if shard is not None:
                 self.done.add(shard)
@@ -241,15 +239,15 @@ class _Prefetcher:
 
 
 class MemoryReader:
-    """Images that are here already (key and content by sample number), in the place of a ShardReader."""
+    """Reads images that are already in memory (sample number -> key and content); replaces a ShardReader."""
 
-    bits = 8  # or 16, of images that have them
+    bits = 8  # may be set to 16 for 16-bit images
 
     def __init__(
         self, contents: Mapping[int, tuple[str, Content]], channels: int, max_pixels: int = MAX_PIXELS
     ) -> None:
         self.contents, self.channels, self.max_pixels, self.scratch = contents, channels, max_pixels, Scratch()
-        self.decoded: Tensor | None = None  # all of them, 'n c h w', where somebody has decoded them
+        self.decoded: Tensor | None = None  # all images 'n c h w', if they were decoded
 
     def header(self, content: Content) -> Header:
         """Return size and type of an image."""
@@ -264,11 +262,11 @@ class MemoryReader:
         return self.contents[sample][0]
 
     def labels_of(self, samples: np.ndarray) -> None:
-        """Return no labels."""
+        """Return None, since there are no labels."""
 
     def decoded_images(self, samples: np.ndarray) -> tuple[Tensor, dict[int, str]] | None:
-        """Return images 'b c h w' without unreadable ones; None if they are not decoded."""
+        """Return images 'b c h w' and no unreadable rows; None if the images are not decoded."""
         return None if self.decoded is None else (self.decoded[torch.from_numpy(samples)], {})
 
 
-ImageReader = ShardReader | MemoryReader  # what a batch is made from
+ImageReader = ShardReader | MemoryReader
