@@ -1,8 +1,8 @@
-"""Shards from the network -> a bounded folder on this machine.
+"""Fetch shards from the network into a size-limited cache folder.
 
-One download per machine however many processes ask, continued where it broke off, checked against the index, and
-put in its place only when whole. How bytes come from the network is in transfer.py, how the folder stays within its
-size in cache_folder.py.
+Each file is downloaded once per machine, however many processes need it. An interrupted download is resumed, and a file
+is checked against the index before it gets its final name. transfer.py downloads the bytes, and cache_folder.py limits
+the size of the folder.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from sslvit.data.records import sha256_of
 from sslvit.data.transfer import Gone, RemoteFile, TryAgain
 from sslvit.files import WriteError, printable
 
-MAX_TRIES = 8  # without progress: with the waits below, some two minutes
+MAX_TRIES = 8  # without progress; about two minutes with the waits below
 FIRST_WAIT_SECONDS = 1.0  # before the second try; doubled for each further one
 MAX_WAIT_SECONDS = 60.0
-READ_TIMEOUT_SECONDS = 60.0  # without a byte, or below the minimum rate
+READ_TIMEOUT_SECONDS = 60.0  # without data, or below the minimum rate
 MIN_BYTES_PER_SECOND = 4096.0  # a shard of 256 MB would take 18 hours
-MAX_INDEX_BYTES = {"index.json": 2**30, "index.npy": 2**36}  # of files that are fetched before their size is known
-VERSION_THREADS = 16  # shards without an index, for their versions
+MAX_INDEX_BYTES = {"index.json": 2**30, "index.npy": 2**36}  # limits for files whose size is not known in advance
+VERSION_THREADS = 16  # parallel requests for the versions of shards without an index
 
 
 class ShardCache:
-    """Files from the network, kept in a folder within a size; the longest unused go first.
+    """A size-limited cache of files from the network; the least recently used files are deleted first.
 
     Args:
-        folder: on a disk of this machine; one that holds other things already gets a sub-folder for the shards.
-        limit_gb: size of the folder.
-        tries: Number of failures without progress after which a transfer is given up.
+        folder: Folder on a local disk; if it already holds other files, a sub-folder is used.
+        limit_gb: Maximum size of the folder in GB.
+        tries: Number of consecutive failures without progress after which a transfer is abandoned.
         first_wait_seconds: Wait before the second try; doubled for each further one.
-        timeout_seconds: without a byte, or below the minimum rate, after which a connection is given up.
-        min_bytes_per_second: slower transfers count as failed.
+        timeout_seconds: Seconds without data, or below the minimum rate, after which a connection is abandoned.
+        min_bytes_per_second: Minimum rate; slower transfers count as failed.
     """
 
     def __init__(
@@ -55,33 +55,33 @@ class ShardCache:
 
     @property
     def folder(self) -> Path:
-        """Where the files are, made and marked when first asked for."""
+        """Path of the folder, which is created and marked on first use."""
         return self.room.path
 
     def fetch_if_free(self, address: str, size: int, sha256: str) -> bool:
-        """Fetch a shard ahead of its use; False if another process or thread is fetching it."""
+        """Fetch a shard in advance; False if another process or thread is fetching it."""
         return self._get(address, size, sha256, wait=False) is not None
 
     def get(
         self, address: str, size: int | None = None, sha256: str | None = None, max_bytes: int | None = None,
         expected: int | None = None,
     ) -> Path:  # fmt: skip
-        """Return any file, which is fetched first.
+        """Fetch a file unless it is cached, and return its local path.
 
         Args:
             address: Address of the file.
-            size: its length as an index tells it; another one is damage.
-            sha256: its checksum; without one it is fetched anew each time.
-            max_bytes: more of it are not taken.
-            expected: its length as the server tells it, for which room is made.
+            size: Size given by the index; a file of another size is damaged.
+            sha256: Checksum; without one, the file is fetched again each time.
+            max_bytes: Maximum size.
+            expected: Size given by the server, used to make room.
 
         Raises:
-            BadImage: the server does not have it, or what it has is not what the index describes.
-            RemoteError: the transfer failed again and again.
+            BadImage: the server does not have the file, or it does not match the index.
+            RemoteError: the transfer failed repeatedly.
             WriteError: the cache's disk is full or cannot be written to.
         """
         path = self._get(address, size, sha256, max_bytes, expected)
-        assert path is not None  # waited for
+        assert path is not None  # None only without waiting
         return path
 
     def _get(
@@ -90,7 +90,7 @@ class ShardCache:
     ) -> Path | None:  # fmt: skip
         path = self.path_of(address, sha256)
         if sha256 is not None and _touch(path):
-            return path  # it got this name only after its checksum agreed
+            return path  # a file gets this name only after its checksum was verified
         with disk_errors_named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(path.name + ".lock"), wait) as lock:
@@ -98,27 +98,27 @@ class ShardCache:
                 return None
             if sha256 is not None and _touch(path):
                 return path  # another process was faster
-            if size is not None:  # a shard; who looks for an index anew has perhaps just uploaded it
+            if size is not None:  # a shard; an index is always looked up again, as it may have just been uploaded
                 self._raise_recent_failure(path)
             self.room.reserve(size or expected or 0, path, lock)
             try:
                 self._download(address, path, size, sha256, max_bytes)
             except BadImage as error:
                 if size is not None:
-                    with suppress(OSError):  # a note to others, no more
+                    with suppress(OSError):  # only a note for other processes
                         path.with_name(path.name + ".bad").write_text(str(error))
                 raise
-            if size is None and expected is None:  # only now is its length known
+            if size is None and expected is None:  # its size is known only now
                 os.truncate(lock, 0)
                 self.room.reserve(0, path, None)
         return path
 
     def versions(self, addresses: list[str]) -> list[dict[str, str]]:
-        """What tells each file from another one at its address: length, ETag, date, as far as its server says them.
+        """Versions that identify the file at each address: length, ETag and date, as far as the server gives them.
 
         Raises:
-            BadImage: there is no such file.
-            RemoteError: the server refuses, or does not answer.
+            BadImage: a file does not exist.
+            RemoteError: the server denies access, or does not answer.
         """
         with ThreadPoolExecutor(min(len(addresses), VERSION_THREADS) or 1) as threads:
             return list(threads.map(self._version, addresses))
@@ -138,20 +138,20 @@ class ShardCache:
         raise AssertionError("unreachable")
 
     def rename_to_digest(self, address: str, sha256: str) -> None:
-        """Keep a file that came without a checksum under the name of its content, so that it is not fetched twice."""
+        """Rename a file fetched without a checksum to the name with its checksum, so that it is not fetched again."""
         path = self.path_of(address, sha256)
         with disk_errors_named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # gone already, for room
+            with suppress(FileNotFoundError):  # already evicted
                 os.replace(self.path_of(address), path)
 
     def _wait(self, failures: int, minimum: float) -> float:
-        """Seconds before the next try, longer after each failure, and not the same for all who failed at once."""
+        """Seconds before the next try: exponential backoff with jitter."""
         wait = self.first_wait * 2 ** max(failures - 1, 0) * (0.5 + random.random())
         return min(max(minimum, wait), MAX_WAIT_SECONDS)
 
     def path_of(self, address: str, sha256: str | None = None) -> Path:
-        """Where a file is kept: named after the whole address and its content, so that none is taken for another."""
+        """Path of a file in the cache; its name depends on the whole address and the checksum, so that it is unique."""
         digest = hashlib.sha256(f"{address} {sha256 or ''}".encode("utf-8", "surrogateescape")).hexdigest()
         name = re.sub(r"[^A-Za-z0-9._-]", "_", _name_of(address)[-80:]) or "_"
         return self.room.path / digest[:2] / f"{digest[:32]}-{name}"
@@ -180,7 +180,7 @@ class ShardCache:
                 break
             except Gone:
                 raise
-            except BadImage as error:  # another transfer may be better
+            except BadImage as error:  # another attempt may succeed
                 damages += 1
                 if damages == self.tries:
                     raise BadImage(
@@ -190,7 +190,7 @@ class ShardCache:
                 problem, wait, now, restart = str(error), 0.0, 0, True
             except TryAgain as error:
                 problem, wait, now, restart = str(error), error.wait_seconds, _length(partial), error.restart
-            if restart or (sha256 is None and not remote.version):  # it could not be told what the parts belong to
+            if restart or (sha256 is None and not remote.version):  # the parts could belong to different files
                 partial.unlink(missing_ok=True)
             gained = now - reached
             has_progress = gained > 0 and gained >= self.min_rate * (time.monotonic() - since)
@@ -208,18 +208,18 @@ class ShardCache:
             os.replace(partial, path)
 
     def _check(self, partial: Path, size: int | None, sha256: str | None) -> None:
-        """Raise BadImage for a file that is not the one of the index."""
+        """Raise BadImage for a file that does not match the index."""
         length = partial.stat().st_size
-        if size is not None and length != size:  # though the server says that this is all
+        if size is not None and length != size:  # although the server says it is complete
             raise BadImage(f"{length} bytes instead of {size}")
         if sha256 is not None and sha256_of(partial) != sha256:
             raise BadImage("its bytes do not have the checksum in index.json")
 
     def _transfer(self, remote: RemoteFile, partial: Path) -> None:
-        """Append to what is there already, to the end of the file.
+        """Download the rest of a file and append it to the partial one.
 
         Raises:
-            WriteError: this machine's disk is full or cannot be written to; no other try would help.
+            WriteError: the local disk is full or not writable, so a retry would not help.
         """
         start = _length(partial)
         if remote.size is not None and start > remote.size:
@@ -228,10 +228,10 @@ class ShardCache:
         if remote.size is not None and start == remote.size and start:
             return
         chunks = remote.chunks(start)
-        first = next(chunks, None)  # before the file is opened: what is there stays if there is no answer
+        first = next(chunks, None)  # before the file is opened, so that it is kept if there is no answer
         try:
             with disk_errors_named(partial):
-                file = open(partial, "r+b" if start else "wb")  # noqa: SIM115 closed below, where errors are the disk's
+                file = open(partial, "r+b" if start else "wb")  # noqa: SIM115 closed below, with disk errors named
             try:
                 end = -1
                 while first is not None:
@@ -247,7 +247,7 @@ class ShardCache:
                 with disk_errors_named(partial):
                     file.close()
         except WriteError:
-            partial.unlink(missing_ok=True)  # a full disk is in the way of others too
+            partial.unlink(missing_ok=True)  # free the space for other processes
             raise
 
 
@@ -263,7 +263,7 @@ def _length(path: Path) -> int:
 
 
 def _touch(path: Path) -> bool:
-    """Whether the file is there; if so it was used just now."""
-    with suppress(OSError):  # someone else's file may be there, only its time cannot be set
+    """Whether the file exists; if so, mark it as just used."""
+    with suppress(OSError):  # a file of another user exists, but its time cannot be set
         os.utime(path)
     return os.path.exists(path)

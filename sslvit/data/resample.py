@@ -1,4 +1,4 @@
-"""A box of an image -> pixels of a view, antialiased."""
+"""Resample boxes of images to views, with antialiasing."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-SMALL_SIDE = 96  # images up to this side are decoded once and resampled a batch at a time
-CHUNK_IMAGES = 128  # images that are resampled together: what they need fits the processor's cache
-CHUNK_FLOATS = 2**24  # pixels of images that are floats at the same time
-SUPPORT = {"bilinear": 1, "bicubic": 2}  # pixels that a filter reaches to either side
-MAX_TABLE_BYTES = 64 * 2**20  # boxes at whole pixels of small images have their weights in a table up to this size
-MAX_TABLES_BYTES = 512 * 2**20  # of all cached tables; the least recently used go first
+SMALL_SIDE = 96  # images up to this side are decoded once and resampled in batches
+CHUNK_IMAGES = 128  # images resampled together, so that the working set fits the CPU cache
+CHUNK_FLOATS = 2**24  # pixels converted to floats at a time
+SUPPORT = {"bilinear": 1, "bicubic": 2}  # filter radius in pixels
+MAX_TABLE_BYTES = 64 * 2**20  # maximum size of a table of weights for boxes at whole pixels of small images
+MAX_TABLES_BYTES = 512 * 2**20  # of all cached tables; the least recently used are dropped first
 
 
 @dataclass
 class Boxes:
-    """What is seen of each image, in its pixels; all arrays have one entry per image.
+    """The box of each image that a view shows, in pixels; all arrays have one entry per image.
 
     Args:
-        top: first row; may lie between pixels, as the other sides may.
-        left: first column.
-        height: number of rows.
-        width: number of columns.
-        is_mirrored: Whether left and right change places.
-        is_cut: pixels outside of a box do not count in its view, as if it had been cut out first (random crops);
-            otherwise they smooth its border, as in PIL's resize with a box (center views).
+        top: First row. Boxes need not be aligned to whole pixels.
+        left: First column.
+        height: Number of rows.
+        width: Number of columns.
+        is_mirrored: Whether left and right are swapped.
+        is_cut: Whether pixels outside a box are ignored, as if it had been cropped first (random crops); otherwise
+            they contribute at its border, as in PIL's resize with a box (center views).
     """
 
     top: np.ndarray
@@ -49,12 +49,12 @@ class Boxes:
         )
 
     def reduced(self, reduction: int) -> Boxes:
-        """The same boxes in an image whose sides were divided."""
+        """The same boxes for an image whose sides were divided by `reduction`."""
         sides = {name: getattr(self, name) / reduction for name in ("top", "left", "height", "width")}
         return replace(self, **sides)
 
     def placed(self, sides: Sequence[int], size: list[int]) -> PlacedBoxes:
-        """The same boxes for a device that is to make views of a size of images with these sides, height and width."""
+        """Convert the boxes for a device, for views of `size` from images with these `sides` (height, width)."""
         numbers = np.stack([self.top, self.left, self.height, self.width, self.is_mirrored]).astype(np.float32)
         spans = ((self.top, self.height), (self.left, self.width))
         in_table = tuple(
@@ -64,23 +64,23 @@ class Boxes:
         return PlacedBoxes(torch.from_numpy(numbers), self.is_cut, in_table)
 
     def _is_whole(self, start: np.ndarray, extent: np.ndarray, length: int) -> bool:
-        """Whether all boxes lie at whole pixels inside of the images, along one axis."""
+        """Whether all boxes are aligned to whole pixels and lie inside the images, along one axis."""
         is_inside = (start >= 0) & (start + extent <= length) & (start % 1 == 0) & (extent % 1 == 0) & (extent >= 1)
         return bool(is_inside.all() and (self.is_cut or (extent == length).all()))
 
     def zoom(self, size: list[int]) -> np.ndarray:
-        """Image pixels per view pixel, along the axis where they are fewer."""
+        """Image pixels per view pixel, the minimum over both axes."""
         return np.minimum(self.height / size[0], self.width / size[1])
 
 
 @dataclass
 class PlacedBoxes:
-    """Boxes as the device needs them.
+    """Boxes in the form that the device needs.
 
     Args:
-        numbers: float32 '5 b': top, left, height, width, and 1 where left and right change places.
+        numbers: float32 '5 b': top, left, height, width, and 1 for mirrored boxes.
         is_cut: As in `Boxes`.
-        in_table: Whether the weights of all boxes stand in a table, along the rows and along the columns.
+        in_table: Whether the weights of all boxes can be taken from a table, for rows and for columns.
     """
 
     numbers: Tensor
@@ -89,17 +89,17 @@ class PlacedBoxes:
 
 
 class WeightTables:
-    """Weights of every box at whole pixels of small images, kept on one device.
+    """Cached weights of all boxes at whole pixels of small images, on one device.
 
-    A batch of each of several resolutions asks for two others. The least recently used go first.
+    Each resolution of the views needs two tables. The least recently used are dropped first.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = device
-        self.kept: dict[tuple, tuple[Tensor, ...]] = {}  # by what _make_table takes; the one used last stands last
+        self.kept: dict[tuple, tuple[Tensor, ...]] = {}  # by arguments of _make_table, least recently used first
 
     def get(self, length: int, out: int, interpolation: str, is_columns: bool) -> tuple[Tensor, ...]:
-        """The rows of boxes in the table, and the table; see `_make_table`."""
+        """The index of boxes in the table, and the table; see `_make_table`."""
         key = (length, out, interpolation, is_columns)
         tables = self.kept.pop(key, None) or tuple(made.to(self.device) for made in _make_table(*key))
         self.kept[key] = tables
@@ -117,12 +117,12 @@ _tables = WeightTables()
 
 
 def crop_and_resize(image: Tensor, box: Boxes, size: list[int], interpolation: str, reduction: int = 1) -> Tensor:
-    """A view 'c h w' of one image 'c h w'.
+    """Make a view 'c h w' of one image 'c h w'.
 
     Args:
         image: uint8, or float in the same units.
-        box: Box in pixels of the image before it was reduced.
-        size: height and width of the view.
+        box: Box in pixels of the image at full resolution.
+        size: Height and width of the view.
         interpolation: bilinear or bicubic.
         reduction: Reduction at which the image was decoded.
     """
@@ -151,16 +151,16 @@ def _resize_by_torch(image: Tensor, size: list[int], interpolation: str) -> Tens
 
 
 def _resize_by_pil(image: Tensor, sides: list[float], is_cut: bool, size: list[int], interpolation: str) -> Tensor:
-    """A box inside of a large image 'c h w' whose sides lie anywhere, through PIL.
+    """Resize a box inside a large image 'c h w', at any position, with PIL.
 
-    An axis that is seen from end to end goes through torch before, which is faster and gives the same.
+    An axis that the box covers completely is resized by torch first, which is faster and gives the same result.
 
     `sides` are top, left, height and width, in pixels or between them.
     """
     starts, ends, hull = sides[:2], [sides[axis] + sides[2 + axis] for axis in (0, 1)], []
     for axis in (0, 1):
         length = image.shape[1 + axis]
-        starts[axis], ends[axis] = max(starts[axis], 0.0), min(ends[axis], length)  # of rounding
+        starts[axis], ends[axis] = max(starts[axis], 0.0), min(ends[axis], length)  # rounding errors
         if starts[axis] < 1e-6 and ends[axis] > length - 1e-6:
             between = list(image.shape[1:])
             between[axis] = size[axis]
@@ -172,7 +172,7 @@ def _resize_by_pil(image: Tensor, sides: list[float], is_cut: bool, size: list[i
         starts[axis], ends[axis] = starts[axis] - first, ends[axis] - first
     pixels = image[:, hull[0], hull[1]].permute(1, 2, 0)
     is_color = pixels.shape[2] == 3 and pixels.dtype == torch.uint8
-    planes = [pixels] if is_color else pixels.unbind(2)  # PIL has no other images of several channels
+    planes = [pixels] if is_color else pixels.unbind(2)  # other multi-channel images are resized by channel
     box, resampling = (starts[1], starts[0], ends[1], ends[0]), Image.Resampling[interpolation.upper()]
     seen = [Image.fromarray(plane.contiguous().numpy()).resize((size[1], size[0]), resampling, box) for plane in planes]
     view = np.array(seen[0]) if is_color else np.stack([np.asarray(plane) for plane in seen], 2)
@@ -180,19 +180,17 @@ def _resize_by_pil(image: Tensor, sides: list[float], is_cut: bool, size: list[i
 
 
 def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) -> Tensor:
-    """Boxes of equally large images 'b c h w' on the CPU (uint8, or float in the same units); see `resample_placed`."""
+    """Resample boxes of images 'b c h w' on the CPU (uint8, or float in the same units); see `resample_placed`."""
     return resample_placed(images, boxes.placed(images.shape[2:], size), size, interpolation, _tables)
 
 
 def resample_placed(
     images: Tensor, boxes: PlacedBoxes, size: list[int], interpolation: str, tables: WeightTables
 ) -> Tensor:
-    """Boxes of equally large images 'b c h w', as two matrix products per image, on the device of all that is given.
+    """Resample boxes of images 'b c h w', with two matrix products per image, on the device of the arguments.
 
-    Resampling is separable and linear, so a box, its mirror image and the black around an image are all a matrix
-    of rows and one of columns.
-
-    What lies outside an image is black.
+    Resampling is separable and linear, so one matrix for the rows and one for the columns describe a box, including
+    mirroring and the black area outside the image.
     """
     b, c, h, w = images.shape
     rows = _weights(h, boxes, 0, size[0], interpolation, tables)
@@ -203,13 +201,13 @@ def resample_placed(
         rows_now = slice(start, start + at_once)
         view = rows[rows_now, None] @ _along_columns(images[rows_now], columns[rows_now])
         if images.dtype == torch.uint8:
-            view = view.round_().to(torch.int16)  # twice as fast as from float to uint8 in one step
+            view = view.round_().to(torch.int16)  # twice as fast as direct conversion to uint8
         views[rows_now] = view.clamp_(0, 255)
     return views
 
 
 def _along_columns(images: Tensor, columns: Tensor) -> Tensor:
-    """Images 'b c h w' times 'b width w': 'b c h width'. A large image is turned to floats some rows at a time."""
+    """Images 'b c h w' times 'b width w': 'b c h width'. Large images are converted to floats in chunks of rows."""
     b, c, h, w = images.shape
     at_once = max(1, CHUNK_FLOATS // (b * c * w))
     chunks = []
@@ -220,9 +218,9 @@ def _along_columns(images: Tensor, columns: Tensor) -> Tensor:
 
 
 def _weights(length: int, boxes: PlacedBoxes, axis: int, out: int, interpolation: str, tables: WeightTables) -> Tensor:
-    """(b, out, length): how much of each input pixel goes into each output pixel, along one axis.
+    """(b, out, length): weight of each input pixel in each output pixel, along one axis.
 
-    Columns lie transposed in memory: a batched product of a view that does not is ten times slower.
+    The weights of columns are transposed in memory, which makes the batched product ten times as fast.
     """
     start, extent, is_mirrored = boxes.numbers[axis], boxes.numbers[2 + axis], boxes.numbers[4]
     if boxes.in_table[axis]:
@@ -239,9 +237,9 @@ def _weights(length: int, boxes: PlacedBoxes, axis: int, out: int, interpolation
 
 
 def _make_table(length: int, out: int, interpolation: str, is_columns: bool) -> tuple[Tensor, Tensor]:
-    """Weights of every box at whole pixels: their row by start * (length + 1) + extent, and the weights.
+    """Weights of every box at whole pixels: the row of each box, by start * (length + 1) + extent, and the weights.
 
-    For columns each row is followed by its mirror image, and both are transposed.
+    For columns, each row is followed by its mirror image, and both are transposed.
     """
     starts, extents = (v.ravel() for v in np.meshgrid(np.arange(length), np.arange(1, length + 1), indexing="ij"))
     fits = starts + extents <= length
@@ -266,7 +264,7 @@ def _compute_weights(
         position = torch.where(is_mirrored[:, None, None] > 0, out - 1 - position, position)
     center = first + (position + 0.5) * scale
     pixel = torch.arange(length, device=start.device) + 0.5
-    distance = (pixel - center).abs_() / scale.clamp(min=1)  # shrinking widens the filter: antialiasing
+    distance = (pixel - center).abs_() / scale.clamp(min=1)  # a wider filter for downsampling (antialiasing)
     if interpolation == "bilinear":
         weight = 1 - distance.clamp_(max=1)
     else:  # Keys' cubic with a = -0.5, the antialiased one of PIL and torch
@@ -282,12 +280,12 @@ def _compute_weights(
 
 
 def normalize(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pixels (0 to 255), 'b c h w' or 'c h w' -> float32 in units of the channel's deviation, on their device.
+    """Normalize pixels (0 to 255), 'b c h w' or 'c h w', to float32 by the mean and standard deviation per channel.
 
     Args:
         view: The pixels.
-        mean: Mean of each channel, of pixels from 0 to 1.
-        std: Standard deviation of each.
+        mean: Mean of each channel, for pixels in [0, 1].
+        std: Standard deviation of each channel, for pixels in [0, 1].
     """
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), view.device)
     return view.to(torch.float32, copy=True).mul_(scale).add_(shift)
@@ -295,6 +293,6 @@ def normalize(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
 
 @lru_cache(maxsize=8)
 def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Constants that stay on the device of the pixels, sent there in one copy."""
+    """Constants of normalization, cached on the device of the pixels and sent there in one copy."""
     scale = 1 / (torch.tensor(std).view(-1, 1, 1) * 255)
     return torch.stack([scale, -255 * torch.tensor(mean).view(-1, 1, 1) * scale]).to(device).unbind()

@@ -1,6 +1,6 @@
-"""What one shard holds: its members by offset, and the channels, sizes and statistics of its images.
+"""Scan a shard: its members by offset, and the channels, sizes and statistics of its images.
 
-Packing and indexing both make one report per shard, in parallel and in any order; together they are the index.
+Packing and indexing make one report per shard, in parallel and in any order; the reports are joined into the index.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from sslvit.settings.pack import IndexOptions
 
 logger = logging.getLogger(__name__)
 
-LABEL_FIELDS = ("cls", "txt", "json", "label", "class", "cls.txt")  # that people keep labels in
+LABEL_FIELDS = ("cls", "txt", "json", "label", "class", "cls.txt")  # usual fields for labels
 
 
 @dataclass
 class ShardReport:
-    """All that the index needs of one shard.
+    """Everything that the index needs to know about one shard.
 
     Args:
-        shard: name, counts, checksum.
-        records: Records of its samples.
-        measured: properties of its images.
-        skipped: images that were skipped, with the reason.
-        labels: what the label of each sample says, where it still has to become a number.
-        fields: Number of members besides the images, by field.
+        shard: Name, counts and checksum.
+        records: Records of the samples.
+        measured: Properties of the images.
+        skipped: Name of each skipped image -> reason.
+        labels: Label of each sample as text; empty if the records already hold class numbers.
+        fields: Number of members other than images, by field.
     """
 
     shard: Shard
@@ -51,9 +51,9 @@ class ShardReport:
     fields: Counter = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of a packed shard but the records, as JSON takes it."""
+        """The report of a packed shard without its records, in types that JSON supports."""
         measured = dict(vars(self.measured))
-        for name in ("sizes", "kinds"):  # JSON has no keys of two numbers
+        for name in ("sizes", "kinds"):  # JSON keys cannot be pairs of numbers
             measured[name] = [[*key, count] for key, count in measured[name].items()]
         return {"shard": asdict(self.shard), "measured": measured, "skipped": self.skipped}
 
@@ -71,7 +71,7 @@ def join_reports(
     reports: list[ShardReport], location: str | Path, classes: list[str] | None, encoding: str = "",
     orientation: str = "upright",
 ) -> ShardIndex:  # fmt: skip
-    """The index of all shards; empty ones are skipped.
+    """Join the reports into the index of all shards; empty shards are left out.
 
     Raises:
         ValueError: no image could be decoded.
@@ -90,10 +90,12 @@ def join_reports(
 
 
 def index_shards(folder: str | Path, workers: int | None = None, options: IndexOptions | None = None) -> ShardIndex:
-    """Make the index of tar shards that others wrote (WebDataset format): KEY.jpg beside KEY.cls.
+    """Index tar shards written by other tools (WebDataset format): KEY.jpg beside KEY.cls.
+
+    Damaged shards are read up to the damage and reported.
 
     Raises:
-        ValueError: no shard, or none with an image in it; damaged ones are read as far as they go, and named.
+        ValueError: there are no shards, or no images in them.
     """
     names = sorted(path.name for path in Path(folder).glob("*.tar"))
     if not names:
@@ -108,7 +110,7 @@ def index_shards(folder: str | Path, workers: int | None = None, options: IndexO
         options = replace(options, orientation="stored")
     index = index_names(str(folder), names, lambda name: Path(folder) / name, workers, options)
     if earlier is not None:
-        known = earlier.classes or []  # names that packing wrote; the tars know their numbers
+        known = earlier.classes or []  # names written by packing; the tars hold only numbers
         if index.classes and all(name.isdecimal() for name in index.classes) and len(known) >= len(index.classes):
             index.classes = known
         index.encoding = earlier.encoding
@@ -123,7 +125,7 @@ def index_shards(folder: str | Path, workers: int | None = None, options: IndexO
 
 
 def _earlier_index(folder: Path) -> ShardIndex | None:
-    """The earlier index, which says what the tars do not; None if it is missing or damaged."""
+    """The earlier index, which holds details that the tars lack; None if it is missing or damaged."""
     try:
         return load_index(folder)
     except (FileNotFoundError, ValueError):
@@ -151,9 +153,9 @@ def index_names(
     workers: int | None = None,
     options: IndexOptions | None = None,
 ) -> ShardIndex:
-    """The index of shards by name, wherever they are.
+    """Index the named shards, at any location.
 
-    `path_of` returns the path of a shard, which it fetches first where it is not here.
+    `path_of` returns the local path of a shard and fetches a remote one first.
     """
     options = options or IndexOptions()
 
@@ -178,7 +180,7 @@ def index_names(
 
 
 def _why_empty(reports: list[ShardReport]) -> str:
-    """Why there are none, from the first thing that was skipped."""
+    """Reason why the shards hold no images: the first skipped entry, or the fields found."""
     for report in reports:
         for name, reason in report.skipped.items():
             return f" ({printable(name)}: {printable(reason)})"
@@ -188,7 +190,7 @@ def _why_empty(reports: list[ShardReport]) -> str:
 
 
 def number_reports(location: str, reports: list[ShardReport], requested: str | None) -> list[str] | None:
-    """Class names; the labels in the records become their numbers. Whatever is not used is reported."""
+    """Write class numbers into the records; returns the class names, or None without labels. Logs unused labels."""
     samples = sum(report.shard.samples for report in reports)
     fields = sum((report.fields for report in reports), Counter())
     texts = [text for report in reports for text in report.labels or [""] * report.shard.samples]
@@ -227,10 +229,10 @@ def number_reports(location: str, reports: list[ShardReport], requested: str | N
 
 
 def scan_shard(path: Path, shards: int = 1, options: IndexOptions | None = None) -> ShardReport:
-    """Members, checksum and image properties of one tar file, one of so many.
+    """Scan one tar file of `shards` for its members, checksum and image properties.
 
-    What could do harm (absolute paths, "..", pickles) is skipped and named; so is what cannot be read. Every member
-    that looks like an image is a sample or stands among what is skipped.
+    Unsafe members (absolute paths, "..", pickles) and unreadable ones are skipped and reported. Every member that looks
+    like an image is either a sample or listed as skipped.
     """
     options = options or IndexOptions()
     length = path.stat().st_size

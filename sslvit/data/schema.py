@@ -1,7 +1,7 @@
-"""What may stand in the JSON files that describe shards: index.json, the reports of a packing and its job.json.
+"""Validate the JSON files that describe shards: index.json, the reports of a packing and its job.json.
 
-They come from other machines and other people, so every field is checked once, where the file is read; what passes is
-used without another check. All functions here raise ValueError with what is wrong; the caller adds file and remedy.
+These files come from other machines and other people, so every field is checked when the file is read, and later code
+can rely on it. All functions here raise ValueError with the problem; the caller adds the file and the remedy.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from sslvit.files import printable
 
 FORMAT = 3
 MAX_CHANNELS = 4096
-MAX_COUNT = 2**62  # of samples and bytes: sums stay within 64 bits
+MAX_COUNT = 2**62  # of samples and bytes, so that sums fit 64 bits
 MAX_SIDE = 2**31 - 1
 MAX_SETTING = 100  # characters
 SHA256 = re.compile("[0-9a-f]{64}", re.ASCII)
-PLAIN_NAME = re.compile("[A-Za-z0-9_-][A-Za-z0-9_.-]*", re.ASCII)  # of nearly all shards
+PLAIN_NAME = re.compile("[A-Za-z0-9_-][A-Za-z0-9_.-]*", re.ASCII)  # the usual form of a shard name
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -34,7 +34,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def check_shard_name(name: object) -> str:
-    """Return the name of a shard in its index's folder, which must not lead anywhere else."""
+    """Return the name of a shard; raises ValueError if it leads out of the folder of the index."""
     if isinstance(name, str) and PLAIN_NAME.fullmatch(name):
         return name
     name = _text("the name of a shard", name)
@@ -46,11 +46,11 @@ def check_shard_name(name: object) -> str:
 
 
 def checked_index(content: Any, is_cached: bool = False) -> dict[str, Any]:
-    """Return the content of an index.json with every field as ShardIndex expects it.
+    """Return the content of an index.json after checking that every field is as ShardIndex expects it.
 
     Args:
-        content: parsed.
-        is_cached: Whether it was made on this machine for shards anywhere, so that names may be paths and addresses.
+        content: Parsed content.
+        is_cached: Whether the index was made on this machine, so that its names may be paths and addresses.
     """
     version = _get(content, "format", "the index")
     if type(version) is not int or version != FORMAT:
@@ -83,7 +83,7 @@ def checked_index(content: Any, is_cached: bool = False) -> dict[str, Any]:
 
 
 def checked_report(content: Any, name: str) -> dict[str, Any]:
-    """Return the content of a packing's report on the shard of this name, as ShardReport.from_dict expects it."""
+    """Return a report on the shard of this name after checking it for ShardReport.from_dict."""
     _keys("the report", content, ("shard", "measured", "skipped"))
     _names("skipped", content["skipped"])
     shard, measured = content["shard"], content["measured"]
@@ -114,7 +114,7 @@ def checked_report(content: Any, name: str) -> dict[str, Any]:
 
 
 def checked_job(content: Any, settings: type) -> dict[str, Any]:
-    """Return the content of a packing's job.json, which holds the fields of its settings, too."""
+    """Return the content of a job.json, which includes the fields of its settings, after checking it."""
     images = _count("images", _get(content, "images", "the job"))
     for name in ("source", "times"):
         _text(name, _get(content, name, "the job"))
@@ -139,7 +139,7 @@ def checked_job(content: Any, settings: type) -> dict[str, Any]:
 
 
 def _brief(value: object) -> str:
-    """The beginning of a value; whole ones may have megabytes."""
+    """The beginning of a value, which may be megabytes long."""
     return printable(reprlib.repr(value), 60)
 
 
@@ -169,7 +169,7 @@ def _text(key: str, value: object) -> str:
     try:
         if isinstance(value, str) and value.encode("utf-8", "surrogateescape") is not None:
             return value
-    except UnicodeEncodeError:  # half a character, which no file name holds
+    except UnicodeEncodeError:  # a lone surrogate that no file name can contain
         pass
     raise ValueError(f"{key} is {_brief(value)}, expected a string")
 
@@ -244,7 +244,7 @@ INDEX_FIELDS: dict[str, Callable[[str, object], Any]] = {
     "classes": _classes,
     "channels": lambda key, value: _integer(key, value, 1, MAX_CHANNELS),
     "bits": _bits,
-    "mean": _list,  # as long as there are channels, see checked_index
+    "mean": _list,  # its length is checked in checked_index
     "std": _list,
     "image_size": _image_size,
     "encoding": _text,

@@ -1,4 +1,4 @@
-"""Shards -> images to pack again: all of them, or those that a list names."""
+"""Read images from shards to pack them again: all of them, or those named in a list."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ShardImages:
         self.index = index
 
     def digest(self) -> str:
-        """Return what names the exact bytes of the shards."""
+        """Return a digest of the shards."""
         return self.index.fingerprint()
 
     def read(self, item: int) -> bytes:
-        """Return the encoded image as it lies in its shard."""
+        """Return the encoded image as stored in its shard."""
         shard, offset, size = self.index.locate(item)
         with open(self.index.shard_path(shard), "rb") as file:
             content = os.pread(file.fileno(), size, offset)
@@ -34,19 +34,19 @@ class ShardImages:
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder is one of shards with their index."""
+    """Whether a folder holds shards with an index."""
     return (folder / "index.json").is_file() and any(folder.glob("*.tar"))
 
 
 def shard_source(folder: Path, only: str | Path | None = None) -> ImageSource:
-    """The images of shards, in their order, with their labels.
+    """Read the images of shards in order, with their labels.
 
     Args:
         folder: Folder of shards with their index.
-        only: File with the names of the images that are taken, one a line, as `sslvit shards check` writes it.
+        only: File with the names of the images to take, one per line, as `sslvit shards check` writes it.
 
     Raises:
-        ValueError: No shards there, or a list that names other images.
+        ValueError: there are no shards, or the list names images that are not in them.
     """
     if not holds_shards(folder):
         raise ValueError(f"--only names images of shards, and {printable(folder)} holds none. Give the checked shards.")
@@ -59,7 +59,7 @@ def shard_source(folder: Path, only: str | Path | None = None) -> ImageSource:
             continue
         shard = int(np.searchsorted(index.first_of_shard, number, side="right")) - 1
         folders, slash, member = name.removeprefix(f"{index.shard_label(shard)}/").rpartition("/")
-        stem, _, suffixes = member.partition(".")  # as WebDataset splits them
+        stem, _, suffixes = member.partition(".")  # as WebDataset splits names
         suffix = f".{suffixes.rpartition('.')[2]}"
         size = int(record["size"])
         samples.append(Sample(f"{folders}{slash}{stem}", suffix, images, number, int(record["label"]), size))
@@ -76,10 +76,10 @@ def shard_source(folder: Path, only: str | Path | None = None) -> ImageSource:
 
 
 def read_names(path: str | Path) -> dict[str, None]:
-    """The names in a file, one a line, each once.
+    """Read names from a file, one per line, without duplicates.
 
     Raises:
-        ValueError: There is no such file.
+        ValueError: the file cannot be read.
     """
     try:
         lines = Path(path).read_bytes().decode("utf-8", "surrogateescape").split("\n")

@@ -1,4 +1,4 @@
-"""Where images come from before they are packed, whatever their source: samples, and tables of them."""
+"""Samples and tables of samples: images from any source, before they are packed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sslvit.data.labels import NO_LABEL
 
 
 class Images(Protocol):
-    """Where the bytes of samples come from: files, an array, a data set object."""
+    """Source of the bytes of samples: files, an array or a data set object."""
 
     def read(self, item: Any) -> bytes:
-        """Return the encoded image; the item is a path or an index, as the source counts."""
+        """Return the encoded image; the item is a path or an index, depending on the source."""
 
     def digest(self) -> str:
-        """Return what tells the pixels of one source from another's; empty for files, which have times and lengths."""
+        """Return a digest of the pixels; empty for files, which are identified by time and size."""
 
 
 @dataclass(slots=True)
@@ -27,13 +27,13 @@ class Sample:
     """One image on its way into a shard.
 
     Args:
-        key: its name; made unique and free of dots on the way.
-        suffix: Suffix of the image file, with the dot; empty where only its bytes tell.
+        key: Name of the sample; packing makes it unique and removes dots.
+        suffix: Suffix of the image file, with the dot; empty if it has to be found from the bytes.
         source: Source that holds the image.
-        item: path or index of the image within its source.
-        label: class number, or NO_LABEL.
-        bytes: about how long it is.
-        modified_ns: Time of the file's last change, which tells two of equal length apart; 0 for none.
+        item: Path or index of the image within its source.
+        label: Class number, or NO_LABEL.
+        bytes: Approximate size in bytes.
+        modified_ns: Modification time of the file, to detect changes that keep its size; 0 for none.
     """
 
     key: str
@@ -50,7 +50,7 @@ class Sample:
 
 
 class Texts:
-    """Many texts in one piece of memory, which processes share after a fork: no object of its own for each."""
+    """Many strings in one block of memory, which forked processes share; individual str objects would be copied."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
@@ -63,9 +63,9 @@ class Texts:
 
 
 class SampleTable:
-    """Samples in columns: a third of the memory, and processes share it after a fork.
+    """Samples in columns, which take a third of the memory and are shared by forked processes.
 
-    A list of samples would be copied into each process, page by page, as soon as their reference counts are touched.
+    A list of samples would be copied into each process, page by page, as soon as reference counts change.
     """
 
     def __init__(self, samples: Samples) -> None:
@@ -88,7 +88,7 @@ class SampleTable:
 
     @classmethod
     def of(cls, samples: Samples) -> SampleTable:
-        """Return the samples as a table, which they may be already."""
+        """Return the samples as a table; a table is returned unchanged."""
         return samples if isinstance(samples, cls) else cls(samples)
 
     def __len__(self) -> int:
@@ -106,14 +106,14 @@ class SampleTable:
         )  # fmt: skip
 
 
-Samples = Sequence[Sample] | SampleTable  # in their order
+Samples = Sequence[Sample] | SampleTable
 
 
 class FileImages:
     """Image files; the item is a path."""
 
     def digest(self) -> str:
-        """Return nothing: times and lengths of files tell them apart."""
+        """Return an empty string, since files are identified by time and size."""
         return ""
 
     def read(self, item: str) -> bytes:
@@ -124,14 +124,14 @@ class FileImages:
 
 @dataclass
 class ImageSource:
-    """Images that were found somewhere, before they are packed.
+    """The images found in a source, before they are packed.
 
     Args:
         samples: Samples in the order of their names.
         classes: Class names by label, or None for images without labels.
-        skipped: what was skipped, with the reason, for the index.
-        notes: what a person should know of how it was read, one line each.
-        orientation: upright or stored, of shards, whose index says it; None for what packing is asked for.
+        skipped: Name of each skipped entry -> reason, for the index.
+        notes: Remarks for the user on how the source was read, one line each.
+        orientation: upright or stored, from the index of shards; None for other sources.
     """
 
     samples: list[Sample]
@@ -142,10 +142,12 @@ class ImageSource:
 
 
 def hold_out(samples: Samples, fraction: float) -> tuple[list[Sample], list[Sample]]:
-    """Split into train and validation: the last fraction of each class, at least one image, unless it has only one.
+    """Split into training and validation samples.
+
+    The last fraction of each class is held out, at least one image unless the class has only one.
 
     Raises:
-        ValueError: every class has one image.
+        ValueError: no class has two images.
     """
     by_class: dict[int, list[Sample]] = {}
     for sample in samples:

@@ -1,4 +1,4 @@
-"""How an image is stored in a shard: unchanged, resized, encoded again; and the tar file itself."""
+"""Store images in a shard (unchanged, resized or re-encoded), and write the tar file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sslvit.data.header import MODES, BadImage, open_image, read_header, suffix_
 from sslvit.settings.pack import PackSettings
 
 BLOCK = tarfile.BLOCKSIZE
-MAX_MEMBER_NAME = 100  # bytes, of the plain tar header
+MAX_MEMBER_NAME = 100  # bytes of a name in a plain tar header
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-# what an image is saved as when it keeps its format; MPO is a JPEG with a second picture behind it
+# format in which a changed image is saved by default; MPO is a JPEG followed by a second picture
 FORMAT_OF_SOURCE = {"JPEG": "JPEG", "MPO": "JPEG", "HEIF": "JPEG", "AVIF": "JPEG", "PNG": "PNG", "WEBP": "WEBP"}
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -28,10 +28,10 @@ TRANSPOSE = {
 
 
 def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, str]:
-    """The bytes that go into a shard, and their suffix; without one it is what they tell.
+    """The bytes to store in a shard, and their suffix, which is found from the bytes if it is empty.
 
     Raises:
-        BadImage: unreadable, cut off or, with settings.decode, damaged.
+        BadImage: the image is unreadable, truncated or, with settings.decode, damaged.
     """
     header = read_header(content, settings.max_pixels, settings.orientation == "upright")
     check_whole(content, header, settings.decode)
@@ -41,10 +41,10 @@ def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, s
         return content, suffix or suffix_of(content)
     try:
         image = open_image(content)
-        # asked before the image is turned, which forgets it
+        # before transpose(), which drops image.format
         format_ = FORMATS.get(settings.encode) or FORMAT_OF_SOURCE.get(image.format or "", "PNG")
         if header.bits == 16:
-            image = Image.fromarray(np.asarray(image).astype(np.float32))  # PIL resizes no 16 bits
+            image = Image.fromarray(np.asarray(image).astype(np.float32))  # PIL cannot resize 16-bit images
         elif image.mode not in ("RGB", "L", "RGBA") or (format_ != "PNG" and image.mode == "RGBA"):
             image = image.convert(
                 "RGBA" if header.channels == 4 and format_ == "PNG" else MODES[min(header.channels, 3)]
@@ -57,7 +57,7 @@ def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, s
             wide = np.asarray(image).round().clip(0, 65535).astype(np.uint16)
             image = Image.fromarray(wide if format_ == "PNG" else (wide >> 8).astype(np.uint8))
         buffer = io.BytesIO()
-        image.info.pop("exif", None)  # whose orientation would turn it once more
+        image.info.pop("exif", None)  # its orientation would rotate the image again
         image.save(buffer, format_, **({} if format_ == "PNG" else {"quality": settings.quality}))
     except Exception as error:  # PIL raises whatever its format plugins raise
         raise BadImage(f"damaged image ({error})") from error
@@ -65,9 +65,9 @@ def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, s
 
 
 class TarWriter:
-    """A plain tar file, its bytes digested on the way and on the disk when it closes.
+    """Writes a plain tar file and computes its checksum; syncs the file to disk when it closes.
 
-    Headers are those of tarfile's USTAR format with its defaults, at a twentieth of the time.
+    The headers equal tarfile's default USTAR headers, and are made 20 times as fast.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,7 +76,7 @@ class TarWriter:
         self.offset = 0
 
     def add(self, name: str, content: bytes) -> int:
-        """Write a member; returns where its content begins."""
+        """Write a member; returns the offset of its content."""
         self._write(tar_header(name, len(content)))
         start = self.offset
         self._write(content + bytes(-len(content) % BLOCK))
@@ -103,7 +103,7 @@ _PLAIN_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)  # no owner, no 
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The 512 bytes before a regular file: tarfile's own for no name, with name, size and checksum filled in."""
+    """The 512-byte header of a regular file: a header from tarfile, with name, size and checksum filled in."""
     header, encoded = bytearray(_PLAIN_HEADER), name.encode()
     assert len(encoded) <= MAX_MEMBER_NAME, name
     header[: len(encoded)] = encoded

@@ -1,8 +1,8 @@
-"""Sources that cannot be indexed (gzipped tars, pipes), read from end to end by the webdataset library.
+"""Sources that cannot be indexed (gzipped tars, pipes), streamed with the webdataset library.
 
-What that library leaves to chance is decided here: the order of the shards and of the shuffle buffer are drawn from
-(seed, epoch, rank, worker), rank and world size come from the trainer, no member is unpickled, and the run has a
-fixed number of steps. What a stream cannot give is an exact position: a resumed run reads on in a new order.
+This module makes streaming deterministic: the order of the shards and the shuffle buffer depend on (seed, epoch, rank,
+worker), and rank and world size come from the trainer. No member is unpickled, and the run has a fixed number of steps.
+A stream has no exact position, so a resumed run continues in a new order.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from sslvit.settings.data import MAX_PIXELS, PIPE
 
 logger = logging.getLogger(__name__)
 
-BUFFER = 2_000  # images among which the next one is drawn
-SAMPLE_NUMBER_BITS = 43  # of the number that stands for a key in draws
-MAX_REASONS = 5  # of what could not be read, in a message
+BUFFER = 2_000  # images in the shuffle buffer
+SAMPLE_NUMBER_BITS = 43  # of the number derived from a sample's key
+MAX_REASONS = 5  # problems that a message lists
 
 
 class StreamIndex:
-    """What is known of a stream before it is read.
+    """The properties of a stream that are known before it is read.
 
     Raises:
-        ValueError: no number of images, or a command without permission.
+        ValueError: the number of images is missing, or a command is not allowed.
         FileNotFoundError: a file does not exist.
     """
 
@@ -73,26 +73,26 @@ class StreamIndex:
         return self.samples
 
     def missing_shards(self) -> dict[int, str]:
-        """Return nothing: a stream is not looked for before it is read."""
+        """Return an empty dict, since streams are not checked before they are read."""
         return {}
 
     def shard_label(self, shard: int) -> str:
-        """A stream's name for people, without the folder that all share."""
+        """Return a stream's readable name, without the folder common to all streams."""
         return self.urls[shard][self.common_folder :]
 
     def fingerprint(self) -> str:
-        """Return a short name of the addresses."""
+        """Return a short digest of the addresses."""
         return hashlib.sha256("\n".join(self.urls).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def local(self, url: str) -> str:
-        """What the webdataset library opens."""
+        """Path or command for the webdataset library; a remote file is fetched first."""
         return str(self.cache.get(url)) if is_url(url) and not url.startswith(PIPE) else url
 
 
 class StreamBatches(IterableDataset):
-    """Micro-batches of one rank without end; each worker reads shards of its own.
+    """An endless stream of micro-batches of one rank; each worker reads its own shards.
 
-    Another `start_step` is another order.
+    The order also depends on `start_step`.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class StreamBatches(IterableDataset):
         self.rank, self.ranks, self.micro = rank, ranks, micro
         self.accumulation_steps, self.start_step = accumulation_steps, start_step
         self.labels = {url: index.shard_label(number) for number, url in enumerate(index.urls)}
-        self.unused: set[str] = set()  # fields with images that it was said of
+        self.unused: set[str] = set()  # image fields already reported as unused
         if ranks > len(index.urls):
             raise ValueError(
                 f"data.shards: {len(index.urls)} streams cannot be shared by {ranks} ranks. "
@@ -111,7 +111,7 @@ class StreamBatches(IterableDataset):
             )
 
     def workers(self, requested: int) -> int:
-        """As many as have a shard of their own."""
+        """Number of workers, at most one per shard of the rank."""
         return min(requested, len(self.index.urls) // self.ranks)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -129,7 +129,7 @@ class StreamBatches(IterableDataset):
             yield batch
 
     def _samples(self, worker: int, workers: int) -> Iterator[tuple[int, int, str, bytes, dict[str, str]]]:
-        """(epoch, number, key, bytes of the image, what could not be read on the way) without end, shuffled."""
+        """Yield shuffled (epoch, number, key, image bytes, problems since the last sample), without end."""
         for epoch in itertools.count():
             key = (self.views.seed, epoch, "stream", self.start_step)
             urls = [self.index.urls[i] for i in rng.generator(*key).permutation(len(self.index.urls))]
@@ -153,10 +153,10 @@ class StreamBatches(IterableDataset):
                 raise ValueError(f"data.shards: no image in {printable(', '.join(assigned))}. {'; '.join(reasons)}")
 
     def _read(self, urls: list[str], problems: dict[str, str]) -> Iterator[tuple[int, str, bytes]]:
-        """(number, key, bytes) of every image, the key safe to print; a damaged stream ends early and is named."""
+        """Yield (number, printable key, bytes) of every image; a damaged stream ends early and is reported."""
         from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 
-        url_of: dict[str, str] = {}  # by what is opened in its place
+        url_of: dict[str, str] = {}  # by the path or command that is opened for it
 
         def sources() -> Iterator[dict[str, str]]:
             for url in urls:
@@ -200,7 +200,7 @@ class StreamBatches(IterableDataset):
 
 
 def _key_and_field(name: str) -> tuple[str | None, str | None]:
-    """WebDataset's key and field of a member, except that photo.0001.jpg is an image of its own (see tars.py)."""
+    """Key and field of a member as in WebDataset, except that photo.0001.jpg is a separate sample (see tars.py)."""
     from webdataset.tariterators import base_plus_ext
 
     key, field = base_plus_ext(name)
@@ -211,7 +211,7 @@ def _key_and_field(name: str) -> tuple[str | None, str | None]:
 
 
 def _images_of(sample: dict[str, str | bytes]) -> tuple[list[str], list[str]]:
-    """Fields with the image of a key, of which there should be one, and those with others that stand beside it."""
+    """The fields that may hold the image of a sample (one is expected), and fields with other images."""
     names = [name for name, content in sample.items() if isinstance(content, bytes)]
     names = [name for name in names if f".{name.lower().rpartition('.')[2]}" in IMAGE_SUFFIXES]
     plain = [name for name in names if "." not in name]
@@ -219,7 +219,7 @@ def _images_of(sample: dict[str, str | bytes]) -> tuple[list[str], list[str]]:
 
 
 def sample_number(key: str) -> int:
-    """A number that stands for a sample's shard and key, the same everywhere."""
+    """A reproducible number for a sample, from its shard and key."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8]) >> (
         64 - SAMPLE_NUMBER_BITS
     )

@@ -1,4 +1,4 @@
-"""Part of a data set (`data.limit`, `data.limit_per_class`), drawn by the seed: the same on any number of ranks."""
+"""A random subset of a data set (`data.limit`, `data.limit_per_class`) that depends only on the seed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 
 
 def limit_samples(index: ShardIndex, settings: DataSettings, seed: int) -> ShardIndex:
-    """The index of the images that the limits leave, in its order.
+    """Restrict an index to the images selected by the limits, in the same order.
 
-    Its fingerprint stays that of the whole data set.
+    The fingerprint stays that of the whole data set.
 
     Args:
         index: The whole data set.
-        settings: Its limits.
-        seed: Seed of the draw.
+        settings: The limits.
+        seed: Seed of the selection.
 
     Raises:
-        ValueError: there are fewer images than the limit, or no labels for one per class.
+        ValueError: there are fewer images than the limit, or no labels for a limit per class.
     """
-    settings.images_of(len(index), index.location)  # refuses a limit that is none
+    settings.images_of(len(index), index.location)  # raises ValueError for a limit above the number of images
     if settings.limit is not None:
         chosen = draw(len(index), seed)[: settings.limit]
         what = f"data.limit: {len(chosen):,} of {len(index):,} images"
@@ -49,20 +49,20 @@ def limit_samples(index: ShardIndex, settings: DataSettings, seed: int) -> Shard
 
 
 def draw(count: int, seed: int) -> np.ndarray:
-    """All sample numbers in a random order; a limit takes the first, so that a larger one holds those of a smaller."""
+    """All sample numbers in random order. A limit takes the first, so a larger limit includes those of a smaller."""
     return rng.generator(seed, "limit").permutation(count)
 
 
 def draw_per_class(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """Sample numbers of so many images of each class, or of all of a class that has fewer.
+    """Sample numbers of `limit` images of each class, or of all images if the class has fewer.
 
     Args:
         labels: Class number of each sample.
-        limit: Number of images of a class.
-        seed: Seed of the draw.
+        limit: Number of images per class.
+        seed: Seed of the selection.
     """
     order = draw(len(labels), seed)
-    by_class = order[np.argsort(labels[order], kind="stable")]  # class by class, in the order of the draw
+    by_class = order[np.argsort(labels[order], kind="stable")]  # sorted by class; random order within a class
     sorted_labels = labels[by_class]
     within_class = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)
     return by_class[within_class < limit]

@@ -1,8 +1,8 @@
-"""The members of a tar file by offset, and which of them are images: WebDataset's keys and fields, and exceptions.
+"""List the members of a tar file by offset and find the images: WebDataset's keys and fields, with exceptions.
 
-WebDataset splits a name at its first dot: photo.jpg is the field jpg of the key photo. People also write names with
-dots (photo.0001.jpg), several images to a key (7.left.jpg, 7.right.jpg) and links; each of these is an image by its
-last suffix, and either a sample or named among what is skipped.
+WebDataset splits a name at its first dot: photo.jpg is the field jpg of the key photo. Other tars have names with dots
+(photo.0001.jpg), several images per key (7.left.jpg, 7.right.jpg) or links. Each of these is an image by its last
+suffix, and is either a sample or reported as skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import BinaryIO
 from sslvit.data.header import IMAGE_SUFFIXES
 from sslvit.files import printable
 
-PICKLES = {".pyd", ".pkl", ".pickle", ".pth", ".pt"}  # what other readers would unpickle, that is: run
+PICKLES = {".pyd", ".pkl", ".pickle", ".pth", ".pt"}  # unpickling these could run code
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSION_MAGIC = {
     b"\x1f\x8b": "a gzip file", b"BZh": "a bzip2 file", b"\xfd7zXZ\0": "an xz file", b"\x28\xb5\x2f\xfd": "a zstd file",
@@ -26,7 +26,7 @@ COMPRESSION_MAGIC = {
 }  # fmt: skip
 CHUNK = 2**20
 MAX_LABEL_BYTES = 256  # of a class name
-FRAME_NUMBER = re.compile(r"[\d._-]+")  # between the first dot of a name and its last
+FRAME_NUMBER = re.compile(r"[\d._-]+")  # the part of a name between its first and last dot
 
 
 @dataclass
@@ -36,8 +36,8 @@ class TarImage:
     Args:
         name: Name of the member.
         key: Name up to its first dot, with its folder.
-        field: Rest of the name behind that dot.
-        stem: the whole name without its last suffix.
+        field: Rest of the name after that dot.
+        stem: Whole name without its last suffix.
         offset: Offset of its content.
         size: Length of its content.
     """
@@ -51,18 +51,18 @@ class TarImage:
 
 
 class TarMembers:
-    """What a tar file holds."""
+    """The members of a tar file."""
 
     def __init__(self, file: BinaryIO, length: int) -> None:
         self.file, self.length = file, length
         self.images: list[TarImage] = []
         self.texts: dict[tuple[str, str], str] = {}  # by stem and field
-        self.fields: Counter = Counter()  # of members that are no images
+        self.fields: Counter = Counter()  # of members that are not images
         self.skipped: dict[str, str] = {}
-        self._spans: dict[str, tuple[int, int]] = {}  # of regular files, for links to them
+        self._spans: dict[str, tuple[int, int]] = {}  # of regular files, as targets of links
 
     def read(self, name: str) -> None:
-        """All members, also of archives that were put one behind the other; damage ends it and is named."""
+        """Read all members, also those of concatenated archives; stops at damage and reports it."""
         start: int | None = 0
         try:
             while start is not None:
@@ -72,7 +72,7 @@ class TarMembers:
             self.skipped[name] = f"truncated tar: {found} images read, what follows is lost ({printable(error, 80)})"
 
     def _read_archive(self, start: int, name: str) -> int:
-        """Members up to the next end mark; returns where that is."""
+        """Read members up to the next end mark; returns its offset."""
         self.file.seek(start)
         with tarfile.open(fileobj=self.file, mode="r:") as tar:
             end = start
@@ -82,13 +82,13 @@ class TarMembers:
                 end = member.offset_data + (member.size if member.isreg() else 0)
                 if problem := self._add_member(member, tar):
                     self.skipped[f"{name}/{member.name}"] = problem
-            self.file.seek(tar.offset)  # tarfile stops without a word at a damaged header
+            self.file.seek(tar.offset)  # tarfile stops silently at a damaged header
             if self.file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("no end mark after the last member")
             return tar.offset
 
     def _next_archive(self, end: int) -> int | None:
-        """Where another archive begins behind an end mark, or None."""
+        """Offset of the next archive after an end mark, or None."""
         self.file.seek(end)
         while chunk := self.file.read(CHUNK):
             rest = chunk.lstrip(b"\0")
@@ -98,7 +98,7 @@ class TarMembers:
         return None
 
     def _add_member(self, member: tarfile.TarInfo, tar: tarfile.TarFile) -> str:
-        """Note an image or a text; returns why a member is skipped, if it is."""
+        """Record an image or a text; returns the reason if the member is skipped, otherwise an empty string."""
         if member.isdir():
             return ""
         path = PurePosixPath(member.name)
@@ -135,20 +135,20 @@ class TarMembers:
         return ""
 
     def labels(self, images: list[TarImage], requested: str | None) -> list[str]:
-        """What the label of each image says, empty for none."""
+        """The label of each image as text; empty for none."""
         for name in [requested] if requested else ["cls", "txt"]:
             found = [self.texts.get((image.stem, name), self.texts.get((image.key, name), "")) for image in images]
-            if all(found) or (any(found) and name != "txt"):  # captions, some of them too long for a name
+            if all(found) or (any(found) and name != "txt"):  # if some .txt are missing, they are captions
                 return found
         return [""] * len(images)
 
 
 def choose_images(members: TarMembers, tar: str, field: str | None) -> tuple[list[TarImage], dict[str, str]]:
-    """The images that are samples, and the others with the reason.
+    """Choose the images that are samples; also returns the skipped ones with the reason.
 
-    A plain field (photo.jpg) is the image of its key. A name with more dots is a sample of its own if what is between
-    its dots is a number (photo.0001.jpg) or if it is the only image of its key; otherwise it is another field of its
-    key, such as 7.seg.png beside 7.jpg, or one of several among which the user chooses.
+    A plain field (photo.jpg) is the image of its key. A name with more dots is a separate sample if the part between
+    its dots is a number (photo.0001.jpg) or if it is the only image of its key. Otherwise it is another field of its
+    key, such as 7.seg.png beside 7.jpg, or one of several from which the user has to choose.
     """
     skipped: dict[str, str] = {}
     selected: list[TarImage] = []
@@ -198,7 +198,7 @@ def _select_for_key(images: list[TarImage]) -> tuple[list[TarImage], list[TarIma
 
 
 def compressed_kind(file: BinaryIO) -> str:
-    """What a file is that is no plain tar, by its first bytes; empty if they do not tell."""
+    """The kind of a compressed or other known file, from its first bytes; empty if unknown."""
     file.seek(0)
     start = file.read(8)
     file.seek(0)

@@ -1,6 +1,6 @@
-"""Bytes of a file on the network, from a position on: what is too slow, endless, moved or changed is noticed.
+"""Download a file from a given position on, and detect transfers that are slow or endless and files that change.
 
-http(s) is read with the standard library; s3, gs and others through fsspec.
+http(s) is read with the standard library; s3, gs and others with fsspec.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from sslvit.files import printable
 
 CHUNK = 2**18
 FSSPEC_CHUNK = 16 * 2**20
-GONE = (404, 410)  # the server does not have it
-REFUSED = (400, 401, 403)  # nor will it give it
+GONE = (404, 410)  # the file does not exist
+REFUSED = (400, 401, 403)  # the server denies access
 RANGE_NOT_SATISFIABLE = 416
-SAFE_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"  # characters of an address that mean something there
+SAFE_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"  # characters with a meaning in an address
 CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
 HTTP_VERSION = ("ETag", "Last-Modified")
-FSSPEC_VERSION = ("ETag", "etag", "LastModified", "updated", "mtime", "generation")  # in which file systems tell it
+FSSPEC_VERSION = ("ETag", "etag", "LastModified", "updated", "mtime", "generation")  # depends on the file system
 
 
 class Gone(BadImage):
-    """No other try would find it."""
+    """The file does not exist, so a retry would not help."""
 
 
 class TryAgain(Exception):
-    """Something that may pass.
+    """A temporary failure.
 
     Args:
-        problem: what went wrong.
-        wait_seconds: Time after which the server wants to be asked again.
-        restart: what was fetched so far does not fit what would follow.
+        problem: Description of the failure.
+        wait_seconds: Time that the server asks to wait before a retry.
+        restart: Whether the part fetched so far must be discarded.
     """
 
     def __init__(self, problem: str, wait_seconds: float = 0.0, restart: bool = False) -> None:
@@ -48,10 +48,10 @@ class TryAgain(Exception):
 
 
 class RemoteFile:
-    """One file on the network while it is fetched, perhaps in several tries.
+    """One file on the network while it is fetched, possibly in several tries.
 
-    Without a size only the server knows it. More than `max_bytes` are not taken, and a connection that stays below the
-    minimum rate for `timeout_seconds` is given up.
+    `size` is None if only the server knows it. A file of more than `max_bytes` is rejected, and a connection that stays
+    below the minimum rate for `timeout_seconds` is abandoned.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class RemoteFile:
     ) -> None:
         self.address, self.size, self.max_bytes = address, size, max_bytes
         self.timeout, self.min_rate = timeout_seconds, min_bytes_per_second
-        self.version: dict[str, str] = {}  # what tells the file of the first answer from another one
+        self.version: dict[str, str] = {}  # version of the file in the first response
 
     def chunks(self, start: int) -> Iterator[tuple[int, bytes]]:
-        """(position in the file, bytes) from `start` on, or from 0 where the server does not serve parts.
+        """Yield (position in the file, bytes) from `start` on, or from 0 if the server does not support ranges.
 
         Raises:
-            Gone: there is no such file.
-            BadImage: it is not as long as it should be.
-            RemoteError: the server refuses, or answers what is not taken.
-            TryAgain: anything that may pass.
-            ValueError: the address is none.
+            Gone: the file does not exist.
+            BadImage: the file has the wrong length.
+            RemoteError: the server denies access, or the file is too large.
+            TryAgain: a temporary failure.
+            ValueError: the address is invalid.
         """
         is_http = self.address.startswith(("http://", "https://"))
         try:
@@ -81,15 +81,15 @@ class RemoteFile:
             raise TryAgain(f"{type(error).__name__}: {error}") from error
 
     def ask_version(self) -> dict[str, str]:
-        """What tells the file from another one at its address, without its content: length, ETag, date.
+        """Metadata that identifies the version of the file: length, ETag and date.
 
-        A part of one byte is asked for: some addresses are signed for that and not for asking about it.
+        This requests one byte of the file, since some signed addresses allow GET but not HEAD.
 
         Raises:
-            Gone: there is no such file.
-            RemoteError: the server refuses.
-            TryAgain: anything that may pass.
-            ValueError: the address is none.
+            Gone: the file does not exist.
+            RemoteError: the server denies access.
+            TryAgain: a temporary failure.
+            ValueError: the address is invalid.
         """
         if not self.address.startswith(("http://", "https://")):
             return self._fsspec_version()
@@ -112,18 +112,18 @@ class RemoteFile:
         return self.max_bytes if self.size is None else self.size
 
     def _reject(self, problem: str) -> NoReturn:
-        """An answer of the wrong length: for a shard another transfer may be better."""
+        """Raise an error for a wrong length: BadImage for a shard, which is tried again, otherwise RemoteError."""
         if self.size is not None:
             raise BadImage(f"{problem} instead of {self.size}")
         raise RemoteError(f"{printable(self.address)}: {problem} are not taken. Check the address and the server.")
 
     def _expect(self, total: int | None) -> None:
-        """Refuse a file of the wrong length before its bytes are fetched."""
+        """Reject a file of the wrong length before it is fetched."""
         if total is not None and (total > self.max_bytes or self.size not in (None, total)):
             self._reject(f"{total} bytes")
 
     def _check_version(self, version: dict[str, str], is_more: bool, start: int) -> None:
-        """Remember the version of a first answer; one that goes on has to be of the same."""
+        """Store the version of the first response; a later response that continues it must have the same version."""
         if is_more and self.version:
             common = self.version.keys() & version.keys()
             if not common or any(self.version[key] != version[key] for key in common):
@@ -150,7 +150,7 @@ class RemoteFile:
             headers["Range"] = f"bytes={start}-"
             etag = self.version.get("ETag", "W/")
             condition = self.version.get("Last-Modified") if etag.startswith("W/") else etag
-            if condition:  # a changed file comes whole
+            if condition:  # if the file has changed, the server sends all of it
                 headers["If-Range"] = condition
         try:
             address = quote(self.address, SAFE_CHARACTERS, errors="surrogateescape")
@@ -162,7 +162,7 @@ class RemoteFile:
             raise ValueError(f"{printable(self.address)}: not an address ({printable(error)}).") from error
 
     def _explain(self, error: urllib.error.HTTPError) -> NoReturn:
-        """Raise what an answer other than the file means."""
+        """Raise the error that corresponds to an HTTP error."""
         answer, address = printable(f"the server answers {error.code} {error.reason}"), printable(self.address)
         if error.code in GONE:
             raise Gone(f"missing shard ({answer} for {address})") from error
@@ -175,7 +175,7 @@ class RemoteFile:
         raise TryAgain(answer, wait, restart=error.code == RANGE_NOT_SATISFIABLE) from error
 
     def _parse_range(self, response: http.client.HTTPResponse, start: int) -> tuple[int, int | None]:
-        """Where an answer's bytes belong, and how long the whole file is if the server says it."""
+        """Position of a response's bytes in the file, and the length of the file if the server gives it."""
         version = {key: response.headers[key] for key in HTTP_VERSION if response.headers[key]}
         length = response.headers["Content-Length"]
         if length is not None and not re.fullmatch(r"\d{1,18}", length.strip(), re.ASCII):
@@ -218,7 +218,7 @@ class RemoteFile:
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Errors of a file system in the words of this module."""
+        """Convert errors of a file system to those of this module."""
         address = printable(self.address)
         try:
             yield

@@ -1,9 +1,9 @@
-"""Views that the user's own function makes of an image, in the place of boxes and colors of ours.
+"""Views made by a user's own function, instead of sampled boxes and colors.
 
-It is called with a PIL image; where PIL has none (other channels than 1, 3 and 4, or 16 bits), with a tensor 'c h w'
-as torchvision's ToTensor makes it. It gives a tensor 'c h w' or several: uint8, or floating-point numbers from 0 to 1;
-what normalizes them is the encoder. Each call has random numbers of its own, so a resume is exact and workers do not
-matter.
+The function is called with a PIL image, or, for images that PIL does not support (16 bits, or other than 1, 3 or 4
+channels), with a tensor 'c h w' like that of torchvision's ToTensor. It returns one or several tensors 'c h w', of uint8
+or of floating-point values from 0 to 1; the encoder's own normalization follows. Random number generators are seeded for
+each call, so a resume is exact and results do not depend on the workers.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from sslvit.settings import EncoderSettings
 from sslvit.settings.views import TransformSettings
 
 Function = Callable[[Any], Any]
-OVERSHOOT = 0.25  # beyond 0 and 1, which bicubic resizing may leave; it is cut off
-TRIED = 64  # images of a data set, of which the first that can be read is shown to the function before the run
+OVERSHOOT = 0.25  # tolerance around [0, 1], since bicubic resizing overshoots; values are then clipped
+TRIED = 64  # images to try, until one is readable, for a call of the function before the run
 
-_given: dict[str, Function] = {}  # by their words, while a call runs that was given them
+_given: dict[str, Function] = {}  # by description, only during the call that was given them
 
 
 @contextmanager
 def named_function(function: Function | None) -> Iterator[dict[str, str]]:
-    """The settings of a view that a function makes; none for no function. It is known by its words within the block.
+    """Register a function within the block and yield the settings of its view; no settings for no function.
 
     Raises:
-        ValueError: it cannot be called.
+        ValueError: the object is not callable.
     """
     if function is None:
         yield {}
@@ -57,15 +57,15 @@ def named_function(function: Function | None) -> Iterator[dict[str, str]]:
     finally:
         if outer is None:
             del _given[words]
-        else:  # of a call that this one is part of
+        else:  # from an outer call
             _given[words] = outer
 
 
 def function_of(settings: TransformSettings) -> Function:
-    """The function of a view.
+    """Look up the function of a view.
 
     Raises:
-        ValueError: it was not given to the call that runs.
+        ValueError: no running call was given this function.
     """
     if settings.function not in _given:
         raise ValueError(
@@ -77,18 +77,18 @@ def function_of(settings: TransformSettings) -> Function:
 
 @dataclass
 class Keys:
-    """In the place of boxes: what the random numbers of each image follow from."""
+    """Keys of the random numbers of each image, in place of boxes."""
 
     samples: np.ndarray
     epochs: np.ndarray
 
     def zoom(self, size: list[int]) -> np.ndarray:
-        """Image pixels per view pixel: unknown, so images are not reduced."""
+        """Return 1 for every image: the zoom is unknown, so images are not reduced."""
         return np.ones(len(self.samples))
 
 
 class TransformViews(Views):
-    """Views of a function; arguments as of Views."""
+    """Views made by a function; same arguments as Views."""
 
     settings: TransformSettings
 
@@ -101,12 +101,12 @@ class TransformViews(Views):
 
     @property
     def is_exact(self) -> bool:
-        """True: the function sees images in full."""
+        """True, since the function needs images at full resolution."""
         return True
 
     @property
     def augments(self) -> bool:
-        """True: it is called image by image, on the CPU."""
+        """True, since the function is called image by image, on the CPU."""
         return True
 
     def sample_boxes(
@@ -133,8 +133,8 @@ class TransformViews(Views):
         """Views 'c h w' of an image 'c h w', in its type and units.
 
         Raises:
-            ValueError: other views than those of the first call, or pixels beyond 0 and 1.
-            RuntimeError: the function fails.
+            ValueError: the views differ in number or size from those of the first call, or have invalid values.
+            RuntimeError: the function raised an exception.
         """
         with rng.all_seeded(self.seed, epoch, "transform", sample):
             try:
@@ -155,7 +155,7 @@ class TransformViews(Views):
 
 
 def as_given(image: Tensor) -> Image.Image | Tensor:
-    """An image 'c h w' as the function gets it."""
+    """Convert an image 'c h w' to the form passed to the function."""
     if image.dtype != torch.uint8:
         return image / 255
     if image.shape[0] not in MODES:
@@ -165,7 +165,7 @@ def as_given(image: Tensor) -> Image.Image | Tensor:
 
 
 def in_units(view: Any, dtype: torch.dtype, sample: int) -> Tensor:
-    """A view in a data set's type, from 0 to 255."""
+    """Convert a view to the dtype of the data set, with values from 0 to 255."""
     if not isinstance(view, Tensor):
         raise ValueError(f"transform: it gives a {type(view).__name__}. Let it end with a tensor 'c h w' (ToTensor).")
     if view.dtype == torch.uint8:
@@ -182,17 +182,17 @@ def in_units(view: Any, dtype: torch.dtype, sample: int) -> Tensor:
 
 
 def in_words(shapes: list[Any]) -> str:
-    """Shapes for a message."""
+    """Format shapes for a message."""
     return ", ".join(shape if isinstance(shape, str) else " x ".join(map(str, shape)) for shape in shapes) or "nothing"
 
 
 def first_call(
     settings: TransformSettings, encoder: EncoderSettings, index: ShardIndex | JoinedIndex, seed: int
 ) -> TransformSettings:
-    """The settings of a view with what the function makes of the first image.
+    """Call the function on the first readable image, and return the settings with the sizes and digest of its views.
 
     Raises:
-        ValueError: it gives no views, or other ones from the same random numbers.
+        ValueError: the function gives no valid views, or is not deterministic given the seeds.
     """
     views = TransformViews(replace(settings, sizes=[], digest=None), encoder.image_size, encoder.interpolation, seed)
     reader = ShardReader(index, encoder.channels, memory_limit_mb=0)

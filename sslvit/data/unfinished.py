@@ -1,4 +1,4 @@
-"""A packing on disk until it is whole: its job, the reports of finished shards, and joining them into an index."""
+"""An unfinished packing on disk: its job, the reports of finished shards, and their joining into an index."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def finish_packing(destination: str | Path, overwrite: bool = False) -> ShardIndex:
-    """Join the reports of all shards into an index, and put the shards in their place.
+    """Join the reports of all shards into an index, and move the shards to their destination.
 
     Raises:
         ValueError: nothing was packed there, shards are missing, or no image was readable.
@@ -63,9 +63,9 @@ def _finish(destination: Path, folder: Path) -> ShardIndex:
     index.skipped = job["passed_over"] | index.skipped
     for old in [*destination.glob("shard-*.tar"), *destination.glob("index.*")]:
         if old.name not in {shard.name for shard in index.shards} or (folder / old.name).exists():
-            old.unlink()  # with --overwrite, and only now that the new ones are whole
+            old.unlink()  # with --overwrite, and only once the new ones are complete
     for shard in index.shards:
-        if (folder / shard.name).exists():  # not yet moved by an earlier attempt
+        if (folder / shard.name).exists():  # unless an earlier attempt has moved it
             os.replace(folder / shard.name, destination / shard.name)
     index.save()
     shutil.rmtree(folder)
@@ -79,7 +79,7 @@ def _finish(destination: Path, folder: Path) -> ShardIndex:
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError if shards lie there and may not be replaced."""
+    """Raise ValueError if the folder holds shards and `overwrite` is not set."""
     is_finishing = (folder / "packing" / "job.json").exists() and not (folder / "index.json").exists()
     if not overwrite and not is_finishing and (any(folder.glob("*.tar")) or (folder / "index.json").exists()):
         raise ValueError(f"{folder}: already holds shards. Choose another folder, or pass --overwrite.")
@@ -91,13 +91,13 @@ def shard_name(number: int) -> str:
 
 
 def save_report(folder: Path, number: int, report: ShardReport) -> None:
-    """Write the report on a finished shard, its records first."""
+    """Write the report on a finished shard, records first."""
     save_records(folder / f"shard-{number:06d}.npy", report.records)
     write_atomically(folder / f"shard-{number:06d}.json", json.dumps(report.as_dict()))
 
 
 def load_report(folder: Path, number: int) -> ShardReport | None:
-    """The report of a finished shard."""
+    """The report of a finished shard; None if it is not finished."""
     path = folder / f"shard-{number:06d}.json"
     if not path.exists():
         return None
@@ -110,7 +110,7 @@ def load_report(folder: Path, number: int) -> ShardReport | None:
 
 
 def load_job(folder: Path) -> dict[str, Any]:
-    """What an unfinished packing has decided."""
+    """Load the job of an unfinished packing."""
     path = folder / "job.json"
     try:
         job = checked_job(parse_json(path.read_bytes()), PackSettings)
@@ -121,16 +121,16 @@ def load_job(folder: Path) -> dict[str, Any]:
 
 
 def digest_samples(samples: Samples) -> str:
-    """Of names, labels and lengths, and of pixels where there are no files: what tells one source from another."""
+    """Digest of names, labels and sizes, and of pixels if the source is not files; identifies a source."""
     digest = hashlib.sha256()
     for sample in samples:
         about = f"{sample.key}\0{sample.suffix}\0{sample.label}\0{sample.bytes}\n"
-        digest.update(about.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
+        digest.update(about.encode("utf-8", "surrogateescape"))  # names may not be valid UTF-8
     for source in SampleTable.of(samples).sources:
         digest.update(source.digest().encode())
     return digest.hexdigest()
 
 
 def digest_times(samples: Samples) -> str:
-    """Of the times of files, which tell changed ones of equal length apart."""
+    """Digest of the modification times of files, to detect changes that keep the size."""
     return hashlib.sha256(SampleTable.of(samples).modified_ns.tobytes()).hexdigest()

@@ -1,8 +1,8 @@
-"""Image -> views: which boxes of the image are seen, at which size, in which colors.
+"""Make the views of images: sample their boxes, sizes and colors.
 
-A view is a box in pixels of its image (it may reach outside: black) and whether it is mirrored. Boxes are drawn
-for a whole batch at once from uniform numbers keyed by (seed, epoch, sample), so a sample's views do not depend
-on who loads it. An image is decoded once, at the resolution that its most magnified view needs.
+A view is a box in pixels of its image, which may be mirrored and may extend beyond the image (black). Boxes are sampled
+for a whole batch at once from uniform numbers keyed by (seed, epoch, sample), so a sample's views do not depend on the
+process that loads it. An image is decoded once, at the resolution that its most magnified view needs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sslvit.settings.views import (
     ViewSettings,
 )
 
-ATTEMPTS = 10  # boxes sampled before the fallback, as in torchvision's RandomResizedCrop
+ATTEMPTS = 10  # boxes to try before the fallback, as in torchvision's RandomResizedCrop
 # (uniform numbers 'b columns', heights, widths, size of the view) -> boxes
 BoxSampler = Callable[[np.ndarray, np.ndarray, np.ndarray, list[int]], Boxes]
 
@@ -40,12 +40,12 @@ class Views:
     """All views of a batch of images.
 
     Args:
-        settings: Which views, and how their boxes are sampled.
-        size: height and width of the encoder's input.
+        settings: Kind of the views and distribution of their boxes.
+        size: Height and width of the encoder's input.
         interpolation: bilinear or bicubic, always antialiased.
-        seed: Seed of the samples.
-        color_here: change colors here; otherwise whoever gets the batch does (data.color_on).
-        fill: per channel, from 0 to 1: what RandAugment moves in from outside; None for gray.
+        seed: Seed of the random numbers.
+        color_here: Whether colors are changed here, in the loader; otherwise on the training device (data.color_on).
+        fill: Value of each channel, from 0 to 1, for pixels from outside the image in RandAugment; None for gray.
     """
 
     def __init__(
@@ -57,16 +57,16 @@ class Views:
 
     @property
     def is_exact(self) -> bool:
-        """Whether images are decoded in full: what is seen without chance is what other libraries make of an image."""
+        """Whether images are decoded at full resolution; center views are, to match other libraries."""
         return isinstance(self.settings, CenterSettings)
 
     @property
     def augments(self) -> bool:
-        """Whether images are changed one by one, by RandAugment."""
+        """Whether images are augmented one by one (RandAugment)."""
         return isinstance(self.settings, AugmentSettings) and self.settings.operations > 0
 
     def specs(self, size: list[int] | None = None) -> list[tuple[list[int], BoxSampler]]:
-        """Size and boxes of each view, the main ones of another size than the encoder's if one is given."""
+        """Size and box sampler of each view; `size` replaces the encoder's size for the main views."""
         settings, size = self.settings, size or self.size
         match settings:
             case CropSettings() | AugmentSettings():
@@ -82,7 +82,7 @@ class Views:
                 crops = random_crops(settings.local_scale, settings.ratio, settings.flip)
                 small = ([settings.local_size] * 2, crops)
                 return [large, large] + [small] * settings.local_crops
-            case TransformSettings():  # makes its views without boxes (transform.py); sizes are known after a call
+            case TransformSettings():  # makes views without boxes (transform.py); sizes are known after a call
                 return [(list(side), center_crops(1.0)) for side in settings.sizes]
         return settings.specs(size)  # a view from outside the package
 
@@ -127,7 +127,7 @@ class Views:
     def crop_batch(
         self, images: Tensor, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None = None
     ) -> list[Tensor]:
-        """Crop views 'b c h w' of equally large images 'b c h w', before their colors change."""
+        """Crop views 'b c h w' of images 'b c h w', before their colors change."""
         sides = np.tile(images.shape[2:], (len(images), 1))
         return [
             resample(images, boxes, size_of_view, self.interpolation)
@@ -142,7 +142,7 @@ class Views:
 
 
 def by_epoch(make: Callable[[int, np.ndarray], np.ndarray], samples: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-    """make(epoch, samples) for each epoch that occurs (a mixture's sources differ), in the rows' own order."""
+    """Call make(epoch, samples) for each epoch in a batch (sources of a mixture differ); keeps the order of rows."""
     rows_of_epoch = {int(epoch): epochs == epoch for epoch in np.unique(epochs)}
     made = [(rows, make(epoch, samples[rows])) for epoch, rows in rows_of_epoch.items()]
     whole = np.empty((len(samples), *made[0][1].shape[1:]), made[0][1].dtype)
@@ -154,7 +154,7 @@ def by_epoch(make: Callable[[int, np.ndarray], np.ndarray], samples: np.ndarray,
 def random_crops(scale: list[float], ratio: list[float], flip: float) -> BoxSampler:
     """Random resized crop (Szegedy et al. 2015), with torchvision's rules: the first of ten boxes that fits.
 
-    Where the largest area is above the image's, no box need fit: what is outside is black.
+    If the largest area exceeds the image's, boxes need not fit: the area outside the image is black.
     """
 
     def sample(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
@@ -166,7 +166,7 @@ def random_crops(scale: list[float], ratio: list[float], flip: float) -> BoxSamp
         if scale[1] <= 1:  # otherwise a box may reach outside
             fits &= (width <= widths[:, None]) & (height <= heights[:, None])
         first = np.arange(len(fits)), fits.argmax(1)
-        # none fits: the largest centered box whose ratio is allowed
+        # fallback if none fits: the largest centered box with an allowed ratio
         wide = widths / heights
         fallback_width = np.where(wide > ratio[1], np.round(heights * ratio[1]), widths)
         fallback_height = np.where(wide < ratio[0], np.round(widths / ratio[0]), heights)
@@ -174,7 +174,7 @@ def random_crops(scale: list[float], ratio: list[float], flip: float) -> BoxSamp
         width = np.where(none, fallback_width, width[first])
         height = np.where(none, fallback_height, height[first])
         position = uniform[:, 2 * ATTEMPTS :]
-        rooms = [heights - height, widths - width]  # below zero where the image is the smaller one and moves in the box
+        rooms = [heights - height, widths - width]  # negative if the image is smaller than the box and moves inside it
         top, left = (
             np.where(none, room // 2, np.sign(room) * np.floor(position[:, i] * (np.abs(room) + 1)))
             for i, room in enumerate(rooms)
@@ -185,7 +185,7 @@ def random_crops(scale: list[float], ratio: list[float], flip: float) -> BoxSamp
 
 
 def random_squares(resize: list[int], crop: int, flip: float) -> BoxSampler:
-    """What a crop of some pixels shows after the shorter side was resized to a random length; of the view's shape."""
+    """Resize the shorter side to a random length and take a random crop with the proportions of the view."""
 
     def sample(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
         resized = resize[0] + np.floor(uniform[:, 0] * (resize[1] - resize[0] + 1))
@@ -199,7 +199,7 @@ def random_squares(resize: list[int], crop: int, flip: float) -> BoxSampler:
 
 
 def center_crops(fraction: float, mode: str = "center") -> BoxSampler:
-    """The largest centered box of the view's shape, or the whole image, shrunk to a fraction of its sides."""
+    """The largest centered box with the view's proportions, or the whole image, with its sides scaled by a fraction."""
 
     def sample(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
         if mode == "squash":
@@ -215,7 +215,7 @@ def center_crops(fraction: float, mode: str = "center") -> BoxSampler:
 
 
 def canvas_boxes(side: list[float], flip: float) -> BoxSampler:
-    """The whole image at a random size (whole pixels) and place on a black canvas."""
+    """Place the whole image on a black canvas, at a random size (in whole pixels) and position."""
 
     def sample(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
         smallest, largest = (np.round(fraction * min(size)) for fraction in side)
@@ -231,7 +231,7 @@ def canvas_boxes(side: list[float], flip: float) -> BoxSampler:
 def jitter_views(
     views: list[Tensor], colors: list[Tensor] | None, finish: Callable[[Tensor], Tensor] = lambda pixels: pixels
 ) -> list[Tensor]:
-    """Apply the color changes of every view, if there are any, and `finish`; neighbors of one size go together."""
+    """Apply color changes, if any, and `finish` to every view; consecutive views of one size are processed together."""
     draws: list[Any] = [None] * len(views) if colors is None else colors
     changed: list[Tensor] = []
     for _, pairs in groupby(zip(views, draws, strict=True), key=lambda pair: pair[0].shape):
@@ -243,6 +243,6 @@ def jitter_views(
 
 
 def view_sizes(settings: RunSettings, side: int | None = None) -> list[tuple[int, int]]:
-    """Height and width of each view of an image in a run; `side` is that of the main ones, None the encoder's own."""
+    """Height and width of each view in a run; `side` replaces the encoder's size for the main views."""
     views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation)
     return [(height, width) for (height, width), _ in views.specs([side] * 2 if side else None)]
