@@ -1,9 +1,9 @@
 """Views made by a user's own function, instead of sampled boxes and colors.
 
 The function is called with a PIL image, or, for images that PIL does not support (16 bits, or other than 1, 3 or 4
-channels), with a tensor 'c h w' like that of torchvision's ToTensor. It returns one or several tensors 'c h w', of uint8
-or of floating-point values from 0 to 1; the encoder's own normalization follows. Random number generators are seeded for
-each call, so a resume is exact and results do not depend on the workers.
+channels), with a tensor 'c h w' like that of torchvision's ToTensor. It returns one or several tensors 'c h w', of
+uint8 or of floating-point values from 0 to 1; the encoder's own normalization follows. Random number generators are
+seeded for each call, so a resume is exact and results do not depend on the workers.
 """
 
 from __future__ import annotations
