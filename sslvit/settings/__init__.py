@@ -1,4 +1,4 @@
-"""What a YAML may say. Importing this package imports no torch."""
+"""Settings dataclasses for recipes and commands. Importing this package does not import torch."""
 
 from sslvit.settings.data import DataSettings
 from sslvit.settings.encoder import EncoderSettings

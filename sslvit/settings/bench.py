@@ -1,4 +1,4 @@
-"""A matrix of encoders x protocols x data sets, from one YAML."""
+"""Settings of a benchmark of encoders x protocols x data sets, from one YAML file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sslvit.settings.probe import BlocksReadout, FewLabels, Passes, ProbeSetting
 from sslvit.settings.protocols import PROTOCOL_CHOICE, LogregSettings, ProtocolSettings
 
 BASELINES = ("pixels", "untrained", "scratch")
-PIXELS = "raw pixels"  # the name of that row
-# keys of a recipe that a bench sets itself, and sections, which stand with dots in a column
+PIXELS = "raw pixels"  # name of the row of the baseline pixels
+# keys that a bench sets itself, and sections, whose keys a column must give with dots
 NOT_OF_A_COLUMN = (
     "seed", "out", "init", "data.shards", "task.val", "train.accelerator", "task", "train", "data", "encoder", "optim",
 )  # fmt: skip
@@ -28,7 +28,7 @@ class SplitSettings:
     train: str
     """Labeled shards (or a folder of images) that heads are fitted on and fine-tuning trains on."""
     val: str
-    """Labeled shards that are scored, and never used to choose anything."""
+    """Labeled shards for evaluation, which are never used to choose anything."""
 
     def __post_init__(self) -> None:
         self.train, self.val = expand_path(self.train), expand_path(self.val)
@@ -37,7 +37,7 @@ class SplitSettings:
 @dataclass
 @checked("")
 class FinetuneColumn:
-    """Fine-tuning: the column of accuracies after the last step."""
+    """A column of fine-tuning: accuracies after the last step."""
 
     config: str = "finetune/small_images"
     """Name of a recipe, or a YAML file."""
@@ -53,7 +53,7 @@ class ProbeColumn(FewLabels, BlocksReadout):
     """A column of scores on frozen features."""
 
     kind: Literal["linear", "few", "knn"] = "linear"
-    """What the column shows: linear (a linear probe), few (logistic regression on few labels) or knn."""
+    """Kind of evaluation: linear (a linear probe), few (logistic regression on few labels) or knn."""
     protocol: Annotated[ProtocolSettings, PROTOCOL_CHOICE] = field(default_factory=LogregSettings)
     """Protocol of the linear probe."""
     neighbors: int = 20
@@ -61,17 +61,17 @@ class ProbeColumn(FewLabels, BlocksReadout):
     temperature: float = 0.07
     """Temperature of the neighbors' vote."""
     whiten: bool = False
-    """Whiten features before neighbors are searched."""
+    """Whiten features before the neighbor search."""
 
     def __post_init__(self) -> None:
         if self.kind == "few" and (self.labels_per_class is None) == (self.labels_percent is None):
             raise ValueError("few labels need labels_per_class or labels_percent.")
         if self.whiten and self.kind != "knn":
             raise ValueError(f"whiten: is for kind knn, not {self.kind}.")
-        self.settings(SplitSettings("", ""))  # what `sslvit probe` refuses
+        self.settings(SplitSettings("", ""))  # same checks as `sslvit probe`
 
     def settings(self, split: SplitSettings, **more: Any) -> ProbeSettings:
-        """As `sslvit probe` takes them."""
+        """Convert to the settings of `sslvit probe`."""
         given = {key: getattr(self, key) for key in ("temperature", "whiten", "layer", "blocks", "pooling", "draws")}
         given["protocol"] = self.protocol if self.kind == "linear" else None
         if self.kind == "few":
@@ -86,34 +86,34 @@ COLUMNS = Choice("kind", "linear", {**dict.fromkeys(("linear", "few", "knn"), Pr
 @dataclass(kw_only=True)
 @checked("")
 class BenchSettings(Passes, UnreadableImages):
-    """What is compared with what, and how."""
+    """The encoders, data sets and protocols to compare."""
 
     data: dict[str, SplitSettings]
     """Data sets by name."""
     encoders: dict[str, list[str]]
-    """Rows by name: an encoder, or several of one architecture from several seeds, whose mean is shown with an
+    """Rows by name: an encoder, or several of one architecture from different seeds, whose mean is shown with an
     interval."""
     columns: dict[str, Annotated[ProbeColumn | FinetuneColumn, COLUMNS]]
     """Columns of the table by name."""
     scratch: FinetuneColumn = field(default_factory=FinetuneColumn)
-    """How the baseline from scratch is trained where no column is a fine-tuning."""
+    """Training of the baseline from scratch if no column is a fine-tuning."""
     allow_same_data: bool = False
-    """Take the same images for both sets, whose scores say nothing of other images."""
+    """Allow the same images for training and validation, although the scores then say nothing about other images."""
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
     """Rows besides the encoders: pixels, untrained (the same architectures with fresh weights) and scratch (the same
     architectures trained with labels, then scored like the others)."""
     size: str | int | list[int] | None = None
-    """Size in pixels at which frozen encoders see images, 64, 48x64 or [48, 64]; null for each encoder's own. Columns
-    of fine-tuning have encoder.image_size.
+    """Input size of frozen encoders in pixels, such as 64, 48x64 or [48, 64]; null for each encoder's own. Columns of
+    fine-tuning use encoder.image_size.
     """
     seeds: int = 1
-    """Number of seeds, untrained weights included."""
+    """Number of seeds, also for untrained weights."""
     seed: int = 0
     """First seed."""
     out: str | None = None
     """Folder for all results; null for runs/bench-NAME."""
     name: str = "bench"
-    """Name of the bench, that of its YAML."""
+    """Name of the bench; by default that of its YAML file."""
 
     def __post_init__(self) -> None:
         self.out = expand_path(self.out or f"runs/bench-{self.name}")
@@ -124,15 +124,15 @@ class BenchSettings(Passes, UnreadableImages):
 
 
 def load_bench(path: str | Path, changes: dict[str, Any]) -> BenchSettings:
-    """Read and check a bench's YAML before any work.
+    """Read the YAML file of a bench and check it completely before any work.
 
     Args:
         path: The file, or the name of one in configs/, such as bench/cifar10.
         changes: Settings by dotted key, such as {"out": "runs/bench"}.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: An unknown key or a value that does not fit; the message names file and key.
+        FileNotFoundError: The file does not exist.
+        ValueError: A key is unknown or a value is invalid; the message names file and key.
     """
     path = find_recipe(path, "bench", option="")
     tree = read_yaml(path) | {"name": path.stem}
@@ -164,7 +164,7 @@ def _check_column(column: FinetuneColumn, where: str) -> None:
 
 
 def check_sources(settings: BenchSettings) -> None:
-    """Refuse encoders and data sets that are not there, all in one line, before anything is loaded."""
+    """Raise one error that lists all missing encoders and data sets, before anything is loaded."""
     named = {f"encoders.{row}": path for row, paths in settings.encoders.items() for path in paths}
     for name, split in settings.data.items():
         named |= {f"data.{name}.train": split.train, f"data.{name}.val": split.val}
@@ -190,7 +190,7 @@ def _check_names(key: str, entries: Any) -> None:
 
 
 def _with_columns(given: dict[str, Any]) -> dict[str, Any]:
-    """Settings whose columns are as their dataclasses have them."""
+    """Normalize the columns in settings to the form of their dataclasses."""
     made = dict(given)
     for key, value in given.items():
         if key == "columns" and isinstance(value, dict):
@@ -203,14 +203,14 @@ def _with_columns(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _column(value: Any, where: str, kind: str = "linear") -> Any:
-    """A column as its dataclass has it: a word alone is its kind, and keys of a recipe are changes."""
+    """Normalize a column: a single word becomes its kind, and keys of a recipe become its changes."""
     value = {"kind": value} if isinstance(value, str) else value
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected linear, few, knn, finetune, or keys such as kind.")
     if value.get("kind", kind) != "finetune":
         return value
     changes = {key: setting for key, setting in value.items() if key not in ("kind", "config")}
-    if isinstance(changes.get("changes"), dict):  # as the dataclass has it already
+    if isinstance(changes.get("changes"), dict):  # already in the form of the dataclass
         changes |= changes.pop("changes")
     for key in changes:
         if key in NOT_OF_A_COLUMN:

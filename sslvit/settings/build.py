@@ -1,4 +1,4 @@
-"""Nested dicts -> settings dataclasses, checked key by key; whatever is wrong is one line that names the key."""
+"""Build settings dataclasses from nested dicts; every error is one line that names the key."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sslvit.settings.encoder import EncoderSettings
 
 Settings = TypeVar("Settings")
 EMPTY = "{}: an empty section. Put settings below it, or leave it out."
-MAX_KEY = 100  # characters of a key or a value that are compared with known ones
+MAX_KEY = 100  # characters of a key or value to compare with known ones
 MAX_INT = 2**63 - 1
-NUMBER = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)  # 1e-3, which YAML takes for text
-# names of keys -> other libraries' names for them
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)  # such as 1e-3, which YAML reads as text
+# key -> its names in other libraries
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "base_lr": ("lr", "learning_rate", "base_rate", "blr", "max_lr", "rate", "peak_lr"),
     "lrs": ("lr", "learning_rate", "base_rate"), "weight_decay": ("wd",), "warmup_epochs": ("warmup", "warmup_steps"),
@@ -45,7 +45,7 @@ REMARKS = {
     "base_lr": " (the learning rate at a batch size of 256)",
     "micro_batch_size": " (images per forward pass; as many passes as make data.global_batch_size are accumulated)",
 }
-# other libraries' names for values
+# value -> its names in other libraries
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "float32": ("32", "fp32", "f32", "32-true", "single", "full"),
     "bf16": ("bf16-mixed", "bf16-true", "bfloat16", "16", "fp16", "float16", "16-mixed", "half", "mixed"),
@@ -60,22 +60,22 @@ USUAL_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 class Known(NamedTuple):
-    """Where the meaning of an unknown key is looked for."""
+    """The known keys and choices, to find what an unknown key means."""
 
     keys: list[str]
     choices: dict[str, Choice]
 
 
 def build(kind: type[Settings], tree: dict[str, Any]) -> Settings:
-    """A settings dataclass from nested dicts.
+    """Build a settings dataclass from nested dicts.
 
     Args:
         kind: The dataclass.
-        tree: Keys and values as YAML gives them; a section that is one of several records names it by its key
-            (`task: {name: dino}`), or is that name alone (`protocol: mae`).
+        tree: Keys and values as in YAML. A section that may be one of several dataclasses names it by a key
+            (`task: {name: dino}`), or consists of the name alone (`protocol: mae`).
 
     Raises:
-        ValueError: An unknown key (the nearest is suggested), a missing one, or a value that does not fit.
+        ValueError: A key is unknown (the nearest is suggested) or missing, or a value is invalid.
     """
     check_keys(kind, tree)
     built: Settings = _instantiate(kind, tree, "")
@@ -83,17 +83,17 @@ def build(kind: type[Settings], tree: dict[str, Any]) -> Settings:
 
 
 def check_keys(kind: type, tree: dict[str, Any]) -> None:
-    """Raise ValueError for an unknown key, and for a section that holds no settings, as `build` does."""
+    """Raise ValueError for an unknown key or a section without settings, as `build` does."""
     _check_keys(kind, tree, "", Known(list(known_keys(kind, tree)), choices_in(kind)))
 
 
 def choice_of(hint: Any) -> Choice | None:
-    """The records that a section may be; None for a section of one kind and for a plain value."""
+    """The choice of dataclasses for a section; None for a section with a fixed dataclass and for a plain value."""
     return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Choice)), None)
 
 
 def record_of(hint: Any, value: Any, section: str) -> Any:
-    """The dataclass that a section's value is for; None where the annotation is no section's."""
+    """The dataclass for the value of a section; None if the annotation is not a section."""
     if choice := choice_of(hint):
         value = {} if value is None else value
         return choice.record(value.get(choice.key, choice.default) if isinstance(value, dict) else value, section)
@@ -101,7 +101,7 @@ def record_of(hint: Any, value: Any, section: str) -> Any:
 
 
 def section_of(kind: type, key: str) -> Any:
-    """The annotation of the section behind a dotted key; None where that is a value, or nothing known."""
+    """The annotation of the section with a dotted key; None if it is a plain value or unknown."""
     hint: Any = kind
     for name in key.split("."):
         known = hints_of(hint) if hasattr(hint, "__dataclass_fields__") else {}
@@ -112,7 +112,7 @@ def section_of(kind: type, key: str) -> Any:
 
 
 def known_keys(kind: type, tree: Any = None, prefix: str = "") -> Iterator[str]:
-    """All dotted keys of a settings dataclass, with those of the records that a tree picks."""
+    """All dotted keys of a settings dataclass, including those of the dataclasses chosen in `tree`."""
     tree = tree if isinstance(tree, dict) else {}
     if kind is EncoderSettings and prefix:
         yield f"{prefix}preset"
@@ -125,7 +125,7 @@ def known_keys(kind: type, tree: Any = None, prefix: str = "") -> Iterator[str]:
 
 
 def _named_sections(hint: Any) -> Any:
-    """The annotation of the values of a dict of sections, such as the columns of a bench; None for any other."""
+    """The annotation of the values in a dict of sections, such as the columns of a bench; otherwise None."""
     values = plain(hint).__args__[1] if typing.get_origin(plain(hint)) is dict else None
     return values if choice_of(values) or is_dataclass(values) else None
 
@@ -158,7 +158,7 @@ def _check_section(hint: Any, value: Any, section: str, known: Known | None) -> 
 
 
 def hint_for(key: str, known: Known) -> str:
-    """What an unknown key, with dots, was meant to be, as a sentence that goes on; empty where nothing is near."""
+    """Hint on the meaning of an unknown dotted key, to append to a message; empty if no key is similar."""
     every = known.keys
     key = key[:MAX_KEY].replace("-", "_")
     section, _, last = key.rpartition(".")
@@ -180,7 +180,7 @@ def hint_for(key: str, known: Known) -> str:
 
 
 def choices_in(kind: type, prefix: str = "") -> dict[str, Choice]:
-    """Dotted key of each section that is one of several records -> those records."""
+    """Dotted key of each section with a choice of dataclasses -> the choice."""
     found: dict[str, Choice] = {}
     for name, hint in hints_of(kind).items():
         if choice := choice_of(hint):
@@ -191,9 +191,9 @@ def choices_in(kind: type, prefix: str = "") -> dict[str, Choice]:
 
 
 def _instantiate(kind: Any, tree: dict[str, Any], prefix: str, within: str = "") -> Any:
-    """Innermost first, so that each dataclass fills in its own defaults from what was given.
+    """Build the innermost dataclasses first, so that each can derive its defaults from given values.
 
-    `within` is the section that the dataclass's own messages do not name.
+    `within` is a section to name in errors, for dataclasses whose own messages do not.
     """
     hints, values = hints_of(kind), dict[str, Any]()
     for name, value in tree.items():
@@ -219,12 +219,12 @@ def _instantiate(kind: Any, tree: dict[str, Any], prefix: str, within: str = "")
 
 
 def is_required(one: Any) -> bool:
-    """Whether a dataclass's field has no default."""
+    """Whether a dataclass field has no default."""
     return one.default is MISSING and one.default_factory is MISSING
 
 
 def _section(hint: Any, value: Any, section: str, within: str) -> Any:
-    """The settings of a section."""
+    """Build the dataclass of a section; None for a null section."""
     if value is None and type(None) in alternatives(hint):
         return None
     choice, record = choice_of(hint), record_of(hint, value, section)
@@ -234,10 +234,10 @@ def _section(hint: Any, value: Any, section: str, within: str) -> Any:
 
 
 def convert(hint: Any, value: Any, key: str) -> Any:
-    """The value as the annotation wants it.
+    """Convert a value to the type of an annotation.
 
     Raises:
-        ValueError: It is of another type; the message names the key and the expected type.
+        ValueError: The value has another type; the message names the key and the expected type.
     """
     if type(value) is int and abs(value) > MAX_INT:
         raise ValueError(f"{key}: {brief(value)} is too large a number.")
@@ -277,7 +277,7 @@ def _converted(hint: Any, value: Any) -> Any:
 
 
 def describe_type(hint: Any) -> str:
-    """An annotation as Python writes it, null for None."""
+    """Describe a type annotation for a message."""
     if len(alternatives(hint)) > 1:
         return " or ".join(map(describe_type, alternatives(hint)))
     hint = plain(hint)

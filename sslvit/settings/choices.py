@@ -1,4 +1,4 @@
-"""Settings that are one of a few words, and sections that are one of several records."""
+"""Settings that take one of several words, and sections that take one of several dataclasses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from sslvit.files import quoted
 
 Record = TypeVar("Record", bound=type)
-MAX_COMPARED = 100  # characters of a value that are compared with known ones
+MAX_COMPARED = 100  # characters of a value to compare with known ones
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Choice:
     """Annotation of a field that holds one of several settings dataclasses.
 
     Args:
-        key: Field of those dataclasses whose value picks one.
-        default: Its value where none is given.
-        records: Dataclass of each known value.
-        find: Looks up the dataclass of any other value, None for an unknown one.
+        key: Field whose value selects the dataclass.
+        default: Value of the field if none is given.
+        records: Known values -> dataclasses.
+        find: Looks up the dataclass for any other value; returns None if it is unknown.
     """
 
     key: str
@@ -34,7 +34,7 @@ class Choice:
     find: Callable[[str], type | None] = lambda name: None
 
     def record(self, name: Any, section: str) -> type:
-        """The dataclass of a name; ValueError where there is none."""
+        """The dataclass of a name; raises ValueError if there is none."""
         found = (self.records.get(name) or self.find(name)) if isinstance(name, str) else None
         if found is None:
             raise ValueError(f"{section}.{self.key}: {not_one_of(name, self.records)}")
@@ -46,8 +46,8 @@ class Arg:
     """Annotation of a field that is a path or a positional argument on the command line.
 
     Args:
-        metavar: What stands for the value in the help; one word for each of several values.
-        position: Place among the positional arguments, from 1; 0 for an option.
+        metavar: Placeholder for the value in the help; a tuple for several values.
+        position: Position among the positional arguments, from 1; 0 for an option.
         flag: One letter for the option, such as -o.
         is_path: Whether ~ and $HOME are expanded.
     """
@@ -60,15 +60,15 @@ class Arg:
 
 @dataclass(frozen=True)
 class Also:
-    """Annotation of a field that takes values of another type, too, which __post_init__ turns into the declared one."""
+    """Annotation of a field that also accepts another type, which __post_init__ converts to the declared one."""
 
     kind: Any
 
 
 def checked(prefix: str) -> Callable[[Record], Record]:
-    """A decorator, below @dataclass, that refuses values which a field's Literal does not list.
+    """Class decorator, below @dataclass, that rejects values not listed in a field's Literal.
 
-    It runs before the class's own __post_init__, which may rely on them.
+    The check runs before the class's own __post_init__, which can rely on it.
 
     Args:
         prefix: Prefix of the keys in messages, as in "encoder.".
@@ -94,7 +94,7 @@ def checked(prefix: str) -> Callable[[Record], Record]:
     return decorate
 
 
-BOUNDS: dict[str, Callable[[float], bool]] = {  # in the words of a message
+BOUNDS: dict[str, Callable[[float], bool]] = {  # wording in messages -> check
     "positive": lambda value: 0 < value < math.inf,
     "0 or more": lambda value: 0 <= value < math.inf,
     "1 or more": lambda value: value >= 1,
@@ -107,9 +107,9 @@ BOUNDS: dict[str, Callable[[float], bool]] = {  # in the words of a message
 
 
 def check_bounds(settings: object, prefix: str, bounds: str, *keys: str) -> None:
-    """Raise ValueError on the first number, of those that there are, that is out of bounds, one of BOUNDS.
+    """Raise ValueError for the first of the given fields that violates `bounds`, one of BOUNDS.
 
-    A list is out of bounds where one of its numbers is.
+    Missing fields and None are skipped; in a list, every number is checked.
     """
     for key in keys:
         found = getattr(settings, key, None)
@@ -121,43 +121,43 @@ def check_bounds(settings: object, prefix: str, bounds: str, *keys: str) -> None
 
 
 def not_one_of(value: object, words: Iterable[object]) -> str:
-    """What is wrong with a value that is none of some words, and which of them was meant."""
+    """Message about a value that is not one of some words, with the most similar word."""
     known = [str(word).lower() if isinstance(word, bool) else str(word) for word in words if word is not None]
     return f"{in_message(value)} is not one of {', '.join(known)}.{near(value, known)}"
 
 
 def in_message(value: object) -> str:
-    """A value as YAML writes it, cut if it is long."""
+    """Format a value as in YAML, shortened if it is long."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else quoted(value)
 
 
 def near(value: object, words: Iterable[str], most: int = 1) -> str:
-    """Which of some words, or at most how many of them, may be meant, as a sentence; empty where none is near."""
+    """Suggest at most `most` similar words, as a sentence; empty if none is similar."""
     found = difflib.get_close_matches(value[:MAX_COMPARED], words, n=most) if isinstance(value, str) else []
     return f" Did you mean {', '.join(found)}?" if found else ""
 
 
 @functools.cache
 def hints_of(kind: Any) -> dict[str, Any]:
-    """Field -> annotation, of a settings dataclass."""
+    """Field -> annotation of a settings dataclass."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {one.name: hints[one.name] for one in fields(kind)}
 
 
 def plain(hint: Any) -> Any:
-    """An annotation without what stands beside the type in Annotated."""
+    """An annotation without the metadata of Annotated."""
     return hint.__origin__ if typing.get_origin(hint) is typing.Annotated else hint
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
-    """The annotations of a union; the annotation itself if it is none."""
+    """The members of a union and the types of Also; the annotation itself if it is not a union."""
     also = tuple(one.kind for one in getattr(hint, "__metadata__", ()) if isinstance(one, Also))
     hint = plain(hint)
     return (*also, *(typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)))
 
 
 def words_of(hint: Any) -> tuple[Any, ...]:
-    """The words that an annotation allows, null included; empty where it allows anything else."""
+    """The words (and None) that an annotation allows; empty if it allows other values."""
     words: tuple[Any, ...] = ()
     for one in alternatives(hint):
         if one is not type(None) and typing.get_origin(one) is not typing.Literal:
@@ -168,5 +168,5 @@ def words_of(hint: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def choices_of(kind: Any) -> dict[str, tuple[Any, ...]]:
-    """Field -> the words that it may be, of a settings dataclass."""
+    """Field -> allowed words, for the fields of a settings dataclass that are restricted to words."""
     return {key: words for key, hint in hints_of(kind).items() if (words := words_of(hint))}

@@ -1,4 +1,4 @@
-"""Which images, in which batches, seen how."""
+"""Settings of the training data: images, batches and views."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from sslvit.settings.choices import check_bounds, checked
 from sslvit.settings.views import VIEW_CHOICE, CropSettings, ViewSettings
 
 MAX_PIXELS = 100_000_000  # a header that promises more is a decompression bomb, not a training image
-MIN_STEPS_PER_EPOCH = 4  # that a batch which is made smaller leaves
-PIPE = "pipe:"  # what a command is given as
+MIN_STEPS_PER_EPOCH = 4  # to keep when a batch size is chosen or lowered
+PIPE = "pipe:"  # prefix of a command
 GZIPPED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-MIN_IMAGES_PER_RANK = 4  # below which it is not made for that
-# what stands for a data set or a function that was given from Python
+MIN_IMAGES_PER_RANK = 4  # up to this, a chosen batch may leave fewer steps per epoch
+# the name of a data set or function given from Python
 IN_WORDS = re.compile(r"^\S+ of .+ given from Python( \([0-9a-f]{8}\))?$")
 
 
 def is_given(name: str | None) -> bool:
-    """Whether a name stands for a data set that was given from Python."""
+    """Whether a name stands for a data set given from Python."""
     return name is not None and bool(IN_WORDS.match(name))
 
 
 def one_source(names: str | Path | Sequence[str | Path] | None) -> str | None:
-    """What is given as data, as one name: several files, as a shell makes them of *.tar, become a pattern.
+    """Join names of data into a single name: several files, as a shell expands *.tar, become a pattern.
 
     Raises:
-        ValueError: Several folders, or names that a pattern cannot hold.
+        ValueError: There are several folders, or names that a pattern cannot contain.
     """
     if not names:
         return None
@@ -68,65 +68,65 @@ class DataSettings:
     view: Annotated[ViewSettings, VIEW_CHOICE] = field(default_factory=CropSettings)
     """How the views of an image are made; its kind picks the other keys."""
     global_batch_size: int | None = 4096
-    """Images per optimizer step, over all ranks and micro-batches; null for a power of two on each rank that leaves a
-    few steps in an epoch, up to what suits the task (MAE 1024, DINO 256, iGPT 128).
+    """Number of images per optimizer step, over all ranks and micro-batches; null for a power of two on each rank that
+    leaves a few steps per epoch, up to a task's usual size (MAE 1024, DINO 256, iGPT 128).
     """
     fit_batch: bool = False
-    """Lower global_batch_size where the data set holds fewer images. A recipe means true unless global_batch_size is
-    given on the command line; config.yaml records the batch size that ran.
+    """Lower global_batch_size if the data set holds fewer images. In a recipe, the default is true unless
+    global_batch_size is given on the command line; config.yaml records the batch size that was used.
     """
     fit_normalization: bool = False
-    """Take encoder.mean and encoder.std from the index. A recipe means true for inputs of other than 1 or 3 channels
-    unless they are given.
+    """Take encoder.mean and encoder.std from the index. In a recipe, the default is true for inputs of other than 1 or
+    3 channels, unless they are given.
     """
     limit: int | None = None
-    """Number of images that are used, drawn by the seed; null for all. A larger limit holds those of a smaller one."""
+    """Number of images to use, selected by the seed; null for all. A larger limit includes those of a smaller one."""
     limit_per_class: int | None = None
-    """Number of images of each class that are used, drawn by the seed; null for all."""
+    """Number of images of each class to use, selected by the seed; null for all."""
     resolutions: list[int] | None = None
     """Image sides in pixels, one of which is sampled for each step; null for encoder.image_size."""
     resolution_fractions: list[float] | None = None
-    """Fractions of the run, summing to 1, in which images have each of data.resolutions in turn: a cheap beginning with
-    small images (FastMIM, arXiv 2212.06593; FastDINOv2, arXiv 2507.03779). null samples one for each step.
+    """Fractions of the run, summing to 1, that use each of data.resolutions in turn, for a cheap start with small
+    images (FastMIM, arXiv 2212.06593; FastDINOv2, arXiv 2507.03779). null samples one for each step.
     """
     workers: int | None = None
-    """Loader processes per rank; the order of the data does not depend on it. On a GPU, null is the rank's part of
-    this machine's cores but one, at most 16; on a CPU, whose cores the encoder needs, it is 0.
+    """Number of loader processes per rank, which does not affect the order of the data. On a GPU, null means the rank's
+    share of this machine's cores minus one, at most 16; on a CPU, whose cores the encoder needs, it means 0.
     """
     memory_limit_mb: int = 1024
-    """Largest size in MB up to which a data set of small, equally sized images is decoded once and kept in memory."""
+    """Maximum size in MB of a data set of small, equally sized images that is decoded once and kept in memory."""
     cache_on_device: Literal["auto", True, False] = "auto"
     """Keep the training images on the device and make batches there; they must be decoded once (data.memory_limit_mb)
     and seen through a view without RandAugment or a function of your own. Pixels differ by at most 1/255 from those of
-    the loader. auto does so on a GPU where the images take at most 5 % of its memory.
+    the loader. auto does so on a GPU if the images take at most 5 % of its memory.
     """
     lanes: int | None = None
-    """Number of positions in the data set that are read side by side; null for one permutation of everything up to a
-    million samples, and for the greatest common divisor of 64 and the batch size above.
+    """Number of positions in the data set that are read in parallel; null for one permutation of everything up to a
+    million samples, and for the greatest common divisor of 64 and the batch size above that.
     """
     window_shards: int = 4
-    """Shards of a lane that are shuffled together."""
+    """Number of shards of a lane that are shuffled together."""
     color_on: Literal["auto", "device", "workers"] = "auto"
     """Where color augmentation runs; auto is the training device if that is a GPU, otherwise the workers."""
     cache: str = "~/.cache/sslvit"
     """Folder for remote shards and for packed image folders."""
     cache_gb: float = 200
-    """Maximum size in GB of the shards from the network in data.cache; packed image folders do not count, and stay."""
+    """Maximum size in GB of network shards in data.cache. Packed image folders do not count and are never deleted."""
     stream_samples: int | None = None
     """Approximate number of images in gzipped tars and pipes, which cannot be indexed."""
     allow_pipe: bool = False
     """Run commands given as pipe:COMMAND. They can do anything that you can."""
     max_pixels: int = MAX_PIXELS
-    """Pixels of the largest image that is decoded; a larger one counts as unreadable."""
+    """Maximum number of pixels of an image; a larger image counts as unreadable."""
     max_unreadable_fraction: float = 0.01
     """Fraction of unreadable samples above which the run stops."""
     ledger: bool = False
-    """Record which samples every step read."""
+    """Record the samples that every step reads."""
 
     def __post_init__(self) -> None:
         self.shards = self.shards and expand_path(self.shards)
         self.mixture = self.mixture and {expand_path(source): share for source, share in self.mixture.items()}
-        if self.cache != DataSettings.cache:  # without a home the default lies elsewhere
+        if self.cache != DataSettings.cache:  # without a home folder, the default is elsewhere
             self.cache = expand_path(self.cache)
         if self.shards and self.mixture:
             raise ValueError("data.shards and data.mixture exclude each other. Name the shards in the mixture only.")
@@ -178,7 +178,7 @@ class DataSettings:
 
     @property
     def fractions_of_sides(self) -> dict[int | None, float]:
-        """Fraction of the run that is spent at each side of the main views; None is the encoder's own."""
+        """Side of the main views -> fraction of the run; None stands for the encoder's own size."""
         if self.resolutions is None:
             return {None: 1.0}
         fractions = self.resolution_fractions or [1 / len(self.resolutions)] * len(self.resolutions)
@@ -188,15 +188,15 @@ class DataSettings:
         return found
 
     def images_of(self, images: int, location: str, classes: int | None = None) -> int:
-        """Number of images that the limits leave of a data set; with a limit per class at most.
+        """Number of images that the limits select; an upper bound for a limit per class.
 
         Args:
             images: Number of images in the data set.
-            location: Its name, for the message.
-            classes: Number of its classes.
+            location: Name of the data set, for the message.
+            classes: Number of classes in the data set.
 
         Raises:
-            ValueError: A limit above that number.
+            ValueError: data.limit is above the number of images.
         """
         if self.limit is not None and self.limit > images:
             raise ValueError(f"data.limit: {self.limit} is more than the {images} images of {location}. Leave it out.")
@@ -205,14 +205,14 @@ class DataSettings:
         return images if self.limit is None else self.limit
 
     def batch_for(self, images: int, usual: int, multiple_of: int = 1) -> int:
-        """Images per step on a data set of so many: as given, or what it fills where that may be chosen.
+        """Batch size for a data set of `images` images: the given one, or a chosen one that the data set fills.
 
-        A chosen batch is a power of two times the smallest one, with a few steps in an epoch.
+        A chosen batch size is a power of two times the smallest one and leaves a few steps per epoch.
 
         Args:
             images: Number of images in the data set.
-            usual: Largest batch that is chosen where none is given (`Usual.batch`).
-            multiple_of: Smallest batch: one image on each rank, or one micro-batch.
+            usual: Largest batch size to choose if none is given (`Usual.batch`).
+            multiple_of: Smallest batch size: one image or one micro-batch on each rank.
         """
         given = self.global_batch_size
         if given is not None and not (self.fit_batch and images < given):

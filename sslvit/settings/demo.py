@@ -1,4 +1,4 @@
-"""The recipes that `sslvit demo` runs, and what changes in them."""
+"""The recipes that `sslvit demo` runs, and changes to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RECIPES = {
     "digits": {"mae": "mae/digits", "dino": "dino/digits", "igpt": "igpt/digits"},
     "cifar10": {"mae": "mae/vit_tiny_cifar10", "dino": "dino/vit_tiny_cifar10", "igpt": "igpt/small_cifar10"},
 }
-# on a CPU the demo on CIFAR-10 shows the steps, not the result: the recipes' full length would take weeks there
+# on a CPU, the CIFAR-10 demo only shows the procedure: the full recipes would take weeks
 CIFAR10_ON_A_CPU: dict[str, dict[str, Any]] = {
     "mae": {"data.global_batch_size": 128, "optim.base_lr": 1e-3, "optim.warmup_epochs": 0.15, "train.steps": 400},
     "dino": {"data.global_batch_size": 64, "optim.warmup_epochs": None, "task.momentum": 0.99, "train.steps": 100},
@@ -28,7 +28,7 @@ CIFAR10_ON_A_CPU: dict[str, dict[str, Any]] = {
 
 
 def split_changes(recipes: dict[str, str], changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each task, the changes that its recipe has keys for, and those that no recipe has (presets; or a mistake)."""
+    """Changes for each task: those with a key in its recipe, and those in no recipe (presets and unknown keys)."""
     known = {task: by_dotted_key(asdict(load_recipe(recipe))) for task, recipe in recipes.items()}
     everywhere = [key for key in changes if not any(key in keys for keys in known.values())]
     return {
@@ -38,6 +38,6 @@ def split_changes(recipes: dict[str, str], changes: dict[str, Any]) -> dict[str,
 
 
 def check_demo(data: str, changes: dict[str, Any]) -> None:
-    """Refuse changes that a recipe of the demo cannot take, before anything is packed."""
+    """Raise an error for changes that are invalid for a recipe of the demo, before anything is packed."""
     for task, changed in split_changes(RECIPES[data], changes).items():
         check_changes(RECIPES[data][task], changed)

@@ -1,4 +1,4 @@
-"""What settings mean: the text below each field of a settings dataclass."""
+"""Descriptions of settings, from the text below each field of a settings dataclass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PRESET = (
 
 
 def field_texts(kind: type) -> dict[str, str]:
-    """Field -> the text below it, of a dataclass and those that it inherits from."""
+    """Field -> the text below it, for a dataclass and its bases."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         texts |= _texts_in(base.__module__).get(base.__name__, {})
@@ -36,7 +36,7 @@ def field_texts(kind: type) -> dict[str, str]:
 
 
 def option_texts(kind: type) -> dict[str, str]:
-    """The same for the options of a command: with what stands for null, and with the default."""
+    """`field_texts` for the options of a command, with defaults added and null replaced by its meaning."""
     texts, hints = field_texts(kind), hints_of(kind)
     for field in (one for one in fields(kind) if one.name in texts):
         default, choice = default_of(field), choice_of(hints[field.name])
@@ -54,7 +54,7 @@ def _texts_in(module: str) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     try:
         source = inspect.getsource(sys.modules[module])
-    except (OSError, TypeError):  # a plugin's may be compiled
+    except (OSError, TypeError):  # the source of a plugin may not be available
         return {}
     for kind in ast.parse(source).body:
         if isinstance(kind, ast.ClassDef):
@@ -68,11 +68,11 @@ def _texts_in(module: str) -> dict[str, dict[str, str]]:
     return found
 
 
-Explained = tuple[type, str, Any, str]  # dataclass, key, default and meaning of a setting
+Explained = tuple[type, str, Any, str]  # dataclass, key, default and description of a setting
 
 
 def describe_settings(settings: Iterable[Explained], width: int = 80) -> str:
-    """Each key of a recipe with its default and its meaning, one paragraph per section."""
+    """Format keys with defaults and descriptions, one paragraph per section."""
     lines: list[str] = []
     previous: type | None = None
     for record, key, default, text in settings:
@@ -86,13 +86,13 @@ def describe_settings(settings: Iterable[Explained], width: int = 80) -> str:
 
 
 def select_settings(name: str | None) -> list[Explained]:
-    """The settings of a section such as train or data.view, or one setting, with its section or without.
+    """Select the settings of a section such as train or data.view, or one setting.
 
     Args:
-        name: Name of the section, of the setting, or of a plugin's task; None for all settings.
+        name: Name of a section, of a setting with or without its section, or of a plugin's task; None for all settings.
 
     Raises:
-        ValueError: There is none of that name; the message says the nearest.
+        ValueError: The name is unknown; the message suggests the nearest.
     """
     every, choices = list(explained_settings()), choices_in(RunSettings)
     if name is None:
@@ -112,7 +112,7 @@ def select_settings(name: str | None) -> list[Explained]:
 
 
 def _with_owner(record: type, key: str, default: Any, text: str, choices: dict[str, Choice]) -> Explained:
-    """The same, with the word that picks the dataclass of the setting, where its section is one of several."""
+    """Add the value that selects the setting's dataclass, if its section is a choice of several."""
     section, _, last = key.rpartition(".")
     choice = choices.get(section)
     if choice and last != choice.key:
@@ -122,7 +122,7 @@ def _with_owner(record: type, key: str, default: Any, text: str, choices: dict[s
 
 
 def explained_settings(kind: type = RunSettings, prefix: str = "", choice: Choice | None = None) -> Iterator[Explained]:
-    """Dataclass, key, default and meaning of each setting."""
+    """Yield dataclass, key, default and description of each setting."""
     texts, hints = field_texts(kind), hints_of(kind)
     if kind is EncoderSettings:
         yield kind, f"{prefix}preset", None, PRESET
@@ -146,12 +146,12 @@ def explained_settings(kind: type = RunSettings, prefix: str = "", choice: Choic
 
 
 def default_of(field: Any) -> Any:
-    """The default of a dataclass's field; None where it has none."""
+    """The default of a dataclass field; None if there is none."""
     if is_required(field):
         return None
     return field.default_factory() if field.default is MISSING else field.default
 
 
 def in_yaml(value: Any) -> str:
-    """A value as YAML writes it."""
+    """Format a value as in YAML."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,6 +1,6 @@
-"""What an encoder is: every choice that its weights depend on, and how images reach it.
+"""Settings of an encoder: its architecture, and how input images are prepared.
 
-The same record is written beside the weights (``encoder.json``), so an encoder can be rebuilt, fed and probed
+The same settings are written beside the weights (``encoder.json``), so an encoder can be rebuilt, fed and probed
 from its folder alone.
 """
 
@@ -21,11 +21,11 @@ PositionKind = Literal[
 ]  # fmt: skip
 ROTARY = ("rotary_2d", "rotary_2d_normalized")
 
-UNSET = cast("list[float]", None)  # __post_init__ fills it in
-MAX_CHANNELS = 10_000  # before lists of that length are made
-OWN = "own"  # a backbone that is a module from Python
+UNSET = cast("list[float]", None)  # set by __post_init__
+MAX_CHANNELS = 10_000  # checked before lists of that length are created
+OWN = "own"  # a backbone given as a module from Python
 BACKBONE_NAME = re.compile(r"(torchvision|timm):\w{1,100}")
-# what holds for a backbone; all else describes the vision transformer
+# settings that apply to a backbone; all others describe the vision transformer
 OF_A_BACKBONE = (
     "image_size", "channels", "mean", "std", "interpolation", "crop_mode", "crop_fraction", "backbone", "small_stem",
 )  # fmt: skip
@@ -33,12 +33,12 @@ WITHOUT_TOKENS: dict[str, Any] = {"patch": 1, "class_token": False, "pooling": "
 
 
 def crop_words(mode: str, fraction: float, size: list[int] | None = None) -> str:
-    """The part of an image that is seen, for a reader.
+    """Describe the part of an image that evaluation uses.
 
     Args:
         mode: center or squash, as in EncoderSettings.
         fraction: Fraction of the box's sides.
-        size: height and width whose proportions a centered box has, where they are to be said.
+        size: Height and width that give the proportions of a centered box; None to leave them out of the text.
     """
     proportions = f" with the proportions of {size[0]} x {size[1]}" if size else ""
     box = "the whole image, squashed" if mode == "squash" else f"the largest centered box{proportions}"
@@ -51,55 +51,55 @@ class EncoderSettings:
     """A vision transformer and its input."""
 
     image_size: Annotated[list[int], Also(int)] = field(default_factory=lambda: [224, 224])
-    """Height and width in pixels that the position table is made for (one number: a square)."""
+    """Height and width of input images in pixels, which the position table is made for; one number for a square."""
     channels: int = 3
     """Number of input channels."""
     mean: Annotated[list[float], Also(type(None))] = field(default_factory=lambda: UNSET)
     """Mean of each channel, subtracted from pixels in [0, 1]; null for ImageNet's, or 0.5 for other than 3 channels."""
     std: Annotated[list[float], Also(type(None))] = field(default_factory=lambda: UNSET)
-    """Standard deviation of each channel, which divides after the mean is subtracted; null for ImageNet's, or 0.25 for
-    other than 3 channels.
+    """Standard deviation of each channel, by which pixels are divided after subtracting the mean; null for ImageNet's,
+    or 0.25 for other than 3 channels.
     """
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Interpolation used to resize input images."""
     crop_mode: Literal["center", "squash"] = "center"
-    """What evaluation and exports see of an image: center (the largest centered box with the proportions of image_size)
-    or squash (the whole image, its proportions changed).
+    """Crop for evaluation and exports: center (the largest centered box with the proportions of image_size) or squash
+    (the whole image, with its proportions changed).
     """
     crop_fraction: float = 1.0
-    """Fraction of that box's sides that is kept (224 of 256: 0.875)."""
+    """Fraction of that box's sides to keep (224 of 256: 0.875)."""
     tokens: str = "patch"
     """Tokenizer: patch (one linear map per patch), conv_stem (3 x 3 convolutions of stride 2, then a 1 x 1; Xiao et al.
     2021), mbconv (the convolutional stages of CoAtNet; Dai et al. 2021), hybrid (the feature map of a ResNet;
     Dosovitskiy et al. 2021, section 3.1), shifted_patch (five shifted copies, Lee et al. 2021), pixel (palette indices,
-    Chen et al. 2020), or what a plugin brings, PACKAGE.MODULE:NAME.
+    Chen et al. 2020), or that of a plugin, PACKAGE.MODULE:NAME.
     """
     patch: int = 16
     """Side of a patch in pixels; for conv_stem and mbconv 2, 4, 8 and so on; for hybrid 4, 8, 16 or 32; for pixel 1."""
     patch_bias: bool = True
     """Use a bias in the linear map of patch tokens (CLIP has none)."""
     hybrid_backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
-    """ResNet of torchvision that makes hybrid tokens, cut where its stride is `patch`."""
+    """ResNet of torchvision that makes hybrid tokens, cut off where its stride is `patch`."""
     palette: str | list[list[float]] = "uniform"
-    """Colors of pixel tokens: uniform (3 bits a channel: 512 colors or 8 grays), a list of colors in [-1, 1], or, in a
-    recipe and on the command line, a file of them (`sslvit palette` makes one).
+    """Colors of pixel tokens: uniform (3 bits per channel: 512 colors or 8 grays), a list of colors in [-1, 1], or, in
+    a recipe and on the command line, a palette file (`sslvit palette` makes one).
     """
     color_init: Literal["normal", "fourier"] = "normal"
-    """Initialization of the color embeddings: normal (random numbers: iGPT) or fourier (random Fourier features of the
-    colors, Rahimi and Recht 2007: near colors start alike).
+    """Initialization of the color embeddings: normal (random numbers, as in iGPT) or fourier (random Fourier features
+    of the colors, Rahimi and Recht 2007, so that similar colors start with similar embeddings).
     """
     width: int = 768
-    """Embedding dimension: channels of a token."""
+    """Embedding dimension."""
     depth: int = 12
     """Number of blocks."""
     heads: int = 12
     """Number of attention heads, which must divide the width."""
     mlp_ratio: float = 4.0
-    """Hidden width of the MLP over the width; their product is rounded. With swiglu the hidden width is 2/3 of that,
-    rounded up to a multiple of 8 (DINOv2).
+    """Ratio of the MLP's hidden width to the width; their product is rounded. With swiglu, the hidden width is 2/3 of
+    that, rounded up to a multiple of 8 (DINOv2).
     """
     mlp: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = "gelu"
-    """Activation of the MLP; SigLIP has gelu_tanh, iGPT and CLIP have quick_gelu."""
+    """Activation of the MLP; SigLIP uses gelu_tanh, iGPT and CLIP use quick_gelu."""
     norm: Literal["layer", "rms"] = "layer"
     """Normalization: layer (LayerNorm) or rms (RMSNorm: no mean, no bias)."""
     norm_eps: float = 1e-6
@@ -107,57 +107,57 @@ class EncoderSettings:
     bias: bool = True
     """Use biases in the linear layers of the blocks."""
     key_bias: bool = True
-    """Let the keys of attention have a bias; false keeps theirs at zero while the others are trained (BEiT, DINOv3)."""
+    """Use a bias for the keys of attention; false fixes only this bias at zero (BEiT, DINOv3)."""
     layer_scale: float | None = None
     """Initial value of LayerScale, a learned factor per channel on each residual branch; null for none."""
     qk_norm: bool = False
     """Normalize queries and keys per head."""
     locality_self_attention: bool = False
     """Use Locality Self-Attention (Lee et al. 2021): a token does not attend to itself, and the temperature is learned.
-    Excludes causal.
+    Cannot be combined with causal.
     """
     causal: bool = False
-    """Let a token attend to itself and earlier ones only."""
+    """Let each token attend only to itself and earlier tokens."""
     dropout: float = 0.0
-    """Dropout rate on the tokens, after a block's attention, and behind both layers of its MLP, as in timm's and DINO's
-    code (torch also drops attention weights; these do not). MAE and DINO train without.
+    """Dropout rate on the tokens, after a block's attention, and after both layers of its MLP, as in the code of timm
+    and DINO (attention weights are not dropped, unlike in torch). MAE and DINO use no dropout.
     """
     drop_path: float = 0.0
     """Stochastic depth rate of the last block; it rises linearly from zero at the first one (Huang et al. 2016). A
-    single block has all of it.
+    single block has the full rate.
     """
     pos_embed: PositionKind = "learned_1d"
     """Position embedding. Coordinates of rotary_2d count the patches of image_size; those of rotary_2d_normalized go
     from -1 to 1 along each side of any image, with periods from 1 to 100, so no size needs interpolation (DINOv3).
     """
     rotary_grid: list[int] | None = None
-    """Rows and columns of patches by whose numbers rotary_2d turns, and to whose range those of other grids are scaled;
-    null for the grid of image_size. It stays with the weights where these are fine-tuned at another size.
+    """Rows and columns of the grid of patches whose coordinates rotary_2d uses, and to which those of other grids are
+    scaled; null for the grid of image_size. It is kept when the weights are fine-tuned at another size.
     """
     prefix_positions: Literal["none", "class", "all"] = "class"
-    """Prefix tokens with a row of their own in the position table."""
+    """Prefix tokens that have their own row in the position table."""
     interpolate_antialias: bool = True
-    """Antialias when a position table is interpolated to a smaller grid."""
+    """Use antialiasing when a position table is interpolated to a smaller grid."""
     interpolate_offset: float = 0.0
-    """Number added to the new grid's sides to form a scale factor, as DINO and DINOv2 did (0.1); 0 asks for the size
-    itself.
+    """Number added to the new grid's sides to compute a scale factor, as in DINO and DINOv2 (0.1); 0 interpolates to
+    the size itself.
     """
     class_token: bool = True
     """Prepend a learned class token."""
     registers: int = 0
     """Number of register tokens (Darcet et al. 2024) after the class token."""
     mask_token: bool = False
-    """Have a learned token for masked patches."""
+    """Include a learned token for masked patches."""
     pre_norm: bool = False
-    """Normalize the tokens in front of the first block, with their positions (CLIP)."""
+    """Normalize the tokens before the first block, after adding positions (CLIP)."""
     final_norm: bool = True
     """Normalize after the last block."""
     pooling: Literal["class", "mean", "attention"] = "class"
-    """How one vector per image is pooled: class (the class token), mean (over patches) or attention (a learned query).
+    """Pooling to one vector per image: class (the class token), mean (over patches) or attention (a learned query).
     """
     pool_mlp: bool = False
-    """Follow attention pooling by an MLP on a residual branch, normalized before: the MAP head of Zhai et al. 2022 as
-    SigLIP has it.
+    """Follow attention pooling with an MLP on a residual branch with pre-normalization: the MAP head of Zhai et al.
+    2022, as in SigLIP.
     """
     fc_norm: bool = False
     """Normalize the pooled vector."""
@@ -168,17 +168,17 @@ class EncoderSettings:
     as in iGPT's probe).
     """
     init: Literal["normal", "xavier", "scaled"] = "normal"
-    """Initialization of the linear layers: normal (truncated, std 0.02; the patch projection as torch initializes a
-    convolution, uniform up to 1 / sqrt(inputs) with its bias: timm, DINO), xavier (uniform, the projection too: MAE) or
-    scaled (as in iGPT's released code: queries, keys and values 1 / sqrt(width), the output projection 1 / sqrt(width x
-    depth), the position table 0.01, all else 0.02). docs/mae.md measures the projection's initialization at small
-    patches.
+    """Initialization of the linear layers: normal (truncated, std 0.02; the patch projection by torch's default for
+    convolutions, uniform up to 1 / sqrt(inputs), with its bias: timm, DINO), xavier (uniform, also the projection: MAE)
+    or scaled (as in iGPT's released code: queries, keys and values 1 / sqrt(width), the output projection 1 /
+    sqrt(width x depth), the position table 0.01, all else 0.02). docs/mae.md measures the projection's initialization
+    at small patches.
     """
     activation_checkpointing: bool = False
     """Recompute the blocks' activations (also those of MAE's decoder) in the backward pass instead of storing them."""
     backbone: str | None = None
-    """Network in the place of the vision transformer: torchvision:NAME or timm:NAME, such as torchvision:resnet18, or
-    own (a module from Python). Then image_size to crop_fraction and small_stem hold, and no other key of this section.
+    """Network instead of the vision transformer: torchvision:NAME or timm:NAME, such as torchvision:resnet18, or own (a
+    module from Python). Only image_size to crop_fraction and small_stem then apply, and no other key of this section.
     """
     small_stem: bool = False
     """Replace a ResNet's 7 x 7 convolution of stride 2 by a 3 x 3 one of stride 1, and leave out its max pooling, for
@@ -210,11 +210,11 @@ class EncoderSettings:
 
     @property
     def has_fixed_size(self) -> bool:
-        """True for a pixel sequence whose positions are made for one image size."""
+        """Whether the encoder only accepts one image size: a pixel sequence with non-rotary positions."""
         return self.tokens == "pixel" and self.pos_embed not in ROTARY
 
     def _forget_transformer(self) -> None:
-        """Give the keys of the vision transformer, none of which holds for a backbone, the same values everywhere."""
+        """Reset the settings of the vision transformer, which do not apply to a backbone, to fixed values."""
         name = self.backbone or ""
         if name != OWN and not BACKBONE_NAME.fullmatch(name):
             raise ValueError(
@@ -226,7 +226,7 @@ class EncoderSettings:
                 setattr(self, one.name, WITHOUT_TOKENS.get(one.name, _default_of(one)))
 
     def check(self) -> None:
-        """Raise ValueError on the first combination that cannot work, naming the keys and the remedy."""
+        """Raise ValueError for the first invalid combination, with the keys and the remedy."""
         sizes = ("channels", "patch", "width", "depth", "heads", "mlp_ratio", "norm_eps")
         check_bounds(self, "encoder.", "positive", *sizes)
         check_bounds(self, "encoder.", "in [0, 1)", "dropout", "drop_path")
@@ -292,7 +292,7 @@ class EncoderSettings:
             raise ValueError(f"encoder.feature_layer: {self.feature_layer} is outside 1..{self.depth} (encoder.depth).")
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of an image; ValueError where the patch does not divide it."""
+        """Rows and columns of patches in an image; raises ValueError if the patch does not divide its sides."""
         if height % self.patch or width % self.patch or not height or not width:
             raise ValueError(
                 f"An image of {height} x {width} pixels cannot be cut into patches of {self.patch} (encoder.patch). "
@@ -301,7 +301,7 @@ class EncoderSettings:
         return height // self.patch, width // self.patch
 
     def _nearest(self, height: int, width: int) -> str:
-        """Sides that the patch divides, near to these."""
+        """The nearest sides that are multiples of the patch."""
         near = [max(1, round(side / self.patch)) * self.patch for side in (height, width)]
         return str(near[0]) if near[0] == near[1] else str(near)
 
@@ -318,7 +318,7 @@ class EncoderSettings:
 
     @property
     def crop_in_words(self) -> str:
-        """What evaluation and exports see of an image."""
+        """Description of the crop for evaluation and exports."""
         seen = crop_words(self.crop_mode, self.crop_fraction, self.image_size)
         return f"{seen}, resized to {' x '.join(map(str, self.image_size))} ({self.interpolation})"
 
@@ -334,12 +334,12 @@ class EncoderSettings:
 
     @property
     def probed_layer(self) -> int:
-        """The block, counted from 1, that features come from unless another is given."""
+        """Number of the block, from 1, whose output is the feature by default."""
         return self.feature_layer or self.depth
 
     @property
     def head_width(self) -> int:
-        """Channels of an attention head."""
+        """Dimension of an attention head."""
         return self.width // self.heads
 
     @property

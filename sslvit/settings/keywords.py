@@ -1,6 +1,6 @@
-"""Names and types of the keywords that Python's functions hand to a settings dataclass, for type checkers.
+"""Names and types of the keyword arguments that Python functions pass to a settings dataclass, for type checkers.
 
-Defaults and meanings stand in the dataclasses; a test compares the names.
+Defaults and descriptions are in the dataclasses; a test compares the names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sslvit.settings.protocols import ProtocolSettings
 
 
 class KNNKeywords(TypedDict, total=False):
-    """Those of `KNNSettings`."""
+    """Keywords of `KNNSettings`."""
 
     layer: int | None
     pooling: Pooling | None
@@ -35,7 +35,7 @@ class KNNKeywords(TypedDict, total=False):
 
 
 class ProbeKeywords(KNNKeywords, total=False):
-    """Those of `ProbeSettings`."""
+    """Keywords of `ProbeSettings`."""
 
     labels_per_class: int | None
     labels_percent: float | None
@@ -44,7 +44,7 @@ class ProbeKeywords(KNNKeywords, total=False):
 
 
 class SampleKeywords(TypedDict, total=False):
-    """Those of `SampleSettings`."""
+    """Keywords of `SampleSettings`."""
 
     temperature: float
     top_k: int | None
@@ -54,7 +54,7 @@ class SampleKeywords(TypedDict, total=False):
 
 
 class PackKeywords(TypedDict, total=False):
-    """Those of `PackSettings` and `SourceOptions`."""
+    """Keywords of `PackSettings` and `SourceOptions`."""
 
     shard_mb: float
     resize: int | None

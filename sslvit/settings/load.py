@@ -1,7 +1,7 @@
-"""YAML and command line -> settings; whatever is wrong is said in one line before anything else happens.
+"""Load settings from YAML and the command line; every error is one line, raised before anything else happens.
 
-What is said later wins: the base of a recipe, the recipe, then the changes in their order. A preset sets its keys where
-it is said; within a section it comes before the section's other keys, wherever it is written.
+Later values win: first the base of a recipe, then the recipe, then the changes in order. A preset sets its keys at the
+place where it is given; within a section, it is applied before the section's other keys.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ from sslvit.settings.palette import UNIFORM, read_palette
 from sslvit.settings.presets import INIT, preset_values
 from sslvit.settings.run import RunSettings
 
-# a change of a key takes those, which would exclude it or win over it, out of what was said before
+# setting a key removes earlier values of these keys, which conflict with it or override it
 REPLACED = {
     "data.shards": ("data.mixture",), "data.mixture": ("data.shards",), "train.epochs": ("train.steps", "train.budget"),
     "train.steps": ("train.budget",), "train.budget": ("train.steps",),
 }  # fmt: skip
 Settings = TypeVar("Settings")
-MADE_BY = "made_by"  # in a run's config.yaml: the processes that ran it, which is no setting
-FIRST = ("preset", "name", "kind")  # keys that decide what the others of their section mean or start from
-# what reading YAML may raise: its constructors of dates and numbers have errors of their own for damaged ones
+MADE_BY = "made_by"  # key in a run's config.yaml that records its processes and is not a setting
+FIRST = ("preset", "name", "kind")  # keys to apply first, since they determine the others in their section
+# exceptions of the YAML parser, whose constructors of dates and numbers raise various errors
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, KeyError, OverflowError)
 MAX_YAML_BYTES = 2**23
-MAX_YAML_VALUES = 500_000  # aliases make few bytes stand for any number of values
+MAX_YAML_VALUES = 500_000  # aliases can expand a few bytes to any number of values
 
 
 @for_python
 def load_recipe(
     config: str | Path, changes: dict[str, Any] | None = None, base: EncoderSettings | None = None
 ) -> RunSettings:
-    """The settings of a recipe with changes.
+    """Load the settings of a recipe, with changes.
 
     Args:
-        config: YAML file, or the name of one in configs/ such as mae/digits; its key `base` names another one, whose
-            keys it changes.
-        changes: Dotted keys and their values, such as {"train.epochs": 10}, or whole sections, whose keys are merged
-            with the recipe's; they win over the recipe, and later ones over earlier ones.
-        base: Encoder whose settings the recipe changes, and which `encoder.preset: init` means; None for one that the
-            recipe describes itself.
+        config: YAML file, or the name of one in configs/ such as mae/digits. Its key `base` names another recipe, whose
+            settings it changes.
+        changes: Dotted keys and their values, such as {"train.epochs": 10}, or whole sections, which are merged into
+            the recipe. They override the recipe, and later ones override earlier ones.
+        base: Settings of the encoder that the recipe changes and that `encoder.preset: init` refers to; None if the
+            recipe describes the encoder itself.
 
     Raises:
-        FileNotFoundError: No such recipe (the nearest names are shown).
-        ValueError: An unknown key (the nearest is suggested), or a value that does not fit.
+        FileNotFoundError: The recipe does not exist (the nearest names are shown).
+        ValueError: A key is unknown (the nearest is suggested), or a value is invalid.
     """
     if base is None and takes_init(config, changes):
         raise ValueError(
@@ -66,7 +66,7 @@ def load_recipe(
 
 
 def takes_init(config: str | Path, changes: dict[str, Any] | None = None) -> bool:
-    """Whether the encoder's architecture is to be read from the weights of --init (`encoder.preset: init`)."""
+    """Whether the encoder's architecture comes from the weights of --init (`encoder.preset: init`)."""
     preset = None
     for content in (*(content for _, content in _with_bases(find_recipe(config))), changes or {}):
         preset = dict(leaves(RunSettings, content)).get("encoder.preset") or preset
@@ -74,13 +74,13 @@ def takes_init(config: str | Path, changes: dict[str, Any] | None = None) -> boo
 
 
 def check_changes(config: str | Path, changes: dict[str, Any]) -> None:
-    """Refuse what is wrong with a recipe and its changes whatever the encoder is that they change.
+    """Check a recipe and its changes as far as possible without the encoder that they start from.
 
-    Reading that encoder takes torch, whose import takes seconds; this takes none of them.
+    Reading that encoder requires torch, whose import takes seconds.
 
     Raises:
-        FileNotFoundError: No such recipe.
-        ValueError: An unknown key, or a value that fits no encoder.
+        FileNotFoundError: The recipe does not exist.
+        ValueError: A key is unknown, or a value is invalid for any encoder.
     """
     tree = merge_recipe(config, changes, None)
     check_keys(RunSettings, tree)
@@ -92,7 +92,7 @@ def check_changes(config: str | Path, changes: dict[str, Any]) -> None:
 def merge_recipe(
     config: str | Path, changes: dict[str, Any] | None = None, base: EncoderSettings | None = None
 ) -> dict[str, Any]:
-    """The nested keys and values of a recipe with changes, not yet checked; arguments as those of `load_recipe`."""
+    """Nested keys and values of a recipe with changes, not yet checked; same arguments as `load_recipe`."""
     path, given = find_recipe(config), dict(leaves(RunSettings, changes or {}))
     if "base" in given:
         raise ValueError("base: stands in a YAML file. The recipe that all other settings change is that of --config.")
@@ -115,11 +115,11 @@ def merge_recipe(
 
 
 def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
-    """A YAML file and its content, after those of its base, of the base's base and so on.
+    """A YAML file and its content, preceded by its chain of bases, the outermost first.
 
     Raises:
         FileNotFoundError: A base is neither a file nor a recipe.
-        ValueError: Bases that lead in a circle, or a base that is no name.
+        ValueError: The bases form a cycle, or a base is not a name.
     """
     content, chain = read_yaml(path), (*above, path.resolve())
     content.pop(MADE_BY, None)
@@ -138,15 +138,15 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, di
 
 
 def _palette_beside(file: Path, palette: str) -> str:
-    """The path of a palette, which a recipe may bring along in its folder."""
+    """The path of a palette, which may lie in the folder of the recipe."""
     path = expand_path(palette)
     return str(file.parent / path) if not Path(path).exists() and (file.parent / path).exists() else path
 
 
 def leaves(kind: type, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested settings in the order in which they count.
+    """Yield dotted keys and values of nested settings in the order in which they are applied.
 
-    Keys of the tree may be dotted, too.
+    Keys of the tree may also be dotted.
     """
     for name in sorted(tree, key=lambda name: name not in FIRST):
         key, value = f"{prefix}{name}", tree[name]
@@ -160,7 +160,7 @@ def leaves(kind: type, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple
 
 
 def set_keys(kind: type, tree: dict[str, Any], changes: dict[str, Any], base: EncoderSettings | None = None) -> None:
-    """Let changes win over what nested settings say, and later ones over earlier ones."""
+    """Apply changes to nested settings in order, so that later ones override earlier ones."""
     for key, value in leaves(kind, changes):
         if value is not None:
             _drop_replaced(tree, key)
@@ -168,10 +168,10 @@ def set_keys(kind: type, tree: dict[str, Any], changes: dict[str, Any], base: En
 
 
 def from_keywords(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
-    """Settings from the keywords of a Python call, sections as names, dicts or dataclasses.
+    """Build settings from keyword arguments; sections may be names, dicts or dataclasses.
 
     Raises:
-        ValueError: No such keyword (the nearest is suggested), or a value that does not fit.
+        ValueError: A keyword is unknown (the nearest is suggested), or a value is invalid.
     """
     tree: dict[str, Any] = {}
     plain = {key: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
@@ -181,7 +181,7 @@ def from_keywords(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
 
 
 def _drop_replaced(tree: dict[str, Any], key: str, kept: Container[str] = ()) -> None:
-    """Take out what a change of a key replaces, but for keys that are said together with it."""
+    """Remove the keys that a new key replaces, except for those in `kept`, which are given together with it."""
     for replaced in REPLACED.get(key, ()):
         if replaced not in kept:
             section, _, name = replaced.rpartition(".")
@@ -190,7 +190,7 @@ def _drop_replaced(tree: dict[str, Any], key: str, kept: Container[str] = ()) ->
 
 def _say(kind: type, tree: dict[str, Any], key: str, value: Any, base: EncoderSettings | None = None) -> None:
     if key == "encoder.preset" and value == INIT:
-        _put(tree, "encoder", {} if base is None else asdict(base))  # nothing of what was said before
+        _put(tree, "encoder", {} if base is None else asdict(base))  # discards all earlier settings of the encoder
         return
     if key == "encoder.preset":
         for name, preset in preset_values(value).items():
@@ -199,7 +199,7 @@ def _say(kind: type, tree: dict[str, Any], key: str, value: Any, base: EncoderSe
     section, _, last = key.rpartition(".")
     choice = choice_of(section_of(kind, section)) if section else None
     if choice and last == choice.key and value != _find(tree, section).get(last, choice.default):
-        _put(tree, section, {})  # the other keys there belong to another choice
+        _put(tree, section, {})  # the section's other keys belong to another choice
     _put(tree, key, value)
 
 
@@ -215,14 +215,14 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _find(tree: Any, section: str) -> dict[str, Any]:
-    """A section of nested settings."""
+    """A section of nested settings; an empty dict if there is none."""
     for name in section.split("."):
         tree = tree.get(name) if isinstance(tree, dict) else None
     return tree if isinstance(tree, dict) else {}
 
 
 def _leave_open(tree: dict[str, Any], given: dict[str, Any]) -> None:
-    """Mark what the recipe's author could not know of the data and nobody has given."""
+    """Let batch size and normalization adapt to the data unless they are given."""
     data, encoder = tree.setdefault("data", {}), tree.get("encoder")
     if not isinstance(data, dict):
         return
@@ -242,20 +242,20 @@ def by_dotted_key(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_recipe(name: str | Path, group: str = "", option: str = "--config ") -> Path:
-    """The file behind a path or a recipe's name.
+    """Find the file for a path or the name of a recipe.
 
     Args:
         name: The path or name.
-        group: Folder of configs/ that alone is searched, whose recipes may be named without it; by default all but
-            those of benches.
-        option: What named it, for messages.
+        group: The only folder of configs/ to search, whose recipes may be named without it; by default, all except
+            benches.
+        option: Option that gave the name, for messages.
 
     Raises:
-        FileNotFoundError: Neither a file nor a recipe; the message names the nearest, or says how to list them.
-        ValueError: It is a folder, or a bench.
+        FileNotFoundError: There is no such file or recipe; the message suggests names, or how to list them.
+        ValueError: The name is that of a folder or a bench.
     """
     path, known = Path(expand_path(name)), recipe_names(group)
-    if os.path.isfile(path):  # which is no error for a name that is too long for a file, as Path.is_file() is
+    if os.path.isfile(path):  # unlike Path.is_file(), does not raise for names that are too long
         return path
     stem = str(name).removesuffix(".yaml")
     if packaged := {stem, f"{group}/{stem}"} & set(known):
@@ -275,23 +275,23 @@ def find_recipe(name: str | Path, group: str = "", option: str = "--config ") ->
 
 
 def recipe_names(group: str = "") -> list[str]:
-    """What comes with sslvit: recipes by name; of a bench only if that group is asked for."""
+    """Names of the recipes that come with sslvit; benches only for the group bench."""
     folder = recipes_folder()
     names = [str(file.relative_to(folder).with_suffix("")) for file in sorted(folder.rglob("*.yaml"))]
     return [name for name in names if name.startswith(f"{group}/") or not (group or name.startswith("bench/"))]
 
 
 def recipes_folder() -> Path:
-    """The recipes that are installed with the package; in a checkout, those that lie beside it."""
+    """Folder of the recipes installed with the package; in a checkout, the folder beside it."""
     package = Path(str(files("sslvit")))
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Keys and values of a YAML file; nothing in it can run.
+    """Read keys and values from a YAML file; never runs code from the file.
 
     Raises:
-        ValueError: It is not YAML, holds something else than keys and values, or far too much.
+        ValueError: The file is not valid YAML, does not hold keys and values, or is too large.
     """
     if path.stat().st_size > MAX_YAML_BYTES:
         raise ValueError(f"{printable(path)}: {path.stat().st_size:,} bytes are too many for settings.")
@@ -310,7 +310,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _count(tree: Any) -> int:
-    """How many values there are, counted no further than the limit: aliases may repeat them without end."""
+    """Number of values, counted only up to the limit, since aliases may repeat them without end."""
     found, left = 0, [tree]
     while left and found <= MAX_YAML_VALUES:
         value = left.pop()

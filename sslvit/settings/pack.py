@@ -1,4 +1,4 @@
-"""How images become shards, and what only the user knows of images and of shards that others wrote."""
+"""Settings for packing images into shards, and options for reading image sources and existing shards."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from sslvit.settings.data import MAX_PIXELS
 @dataclass
 @checked("--")
 class PackSettings:
-    """How images become shards."""
+    """How images are stored in shards."""
 
     shard_mb: float = 256
-    """Size in MB at which a new shard is begun."""
+    """Maximum size of a shard in MB."""
     resize: int | None = None
-    """Length in pixels that the shorter side of larger images is shrunk to; null for no resizing."""
+    """Length in pixels to which the shorter side of larger images is resized; null for no resizing."""
     encode: Literal["keep", "jpg", "png", "webp"] = "keep"
-    """Format that images are encoded in; keep leaves each as it is."""
+    """Format in which images are encoded; keep stores each in its own format."""
     quality: int = 92
     """Quality of encoded jpg and webp images."""
     orientation: Literal["upright", "stored"] = "upright"
-    """Orientation of images: upright (turned as EXIF says when they are read or resized) or stored (as their pixels
-    lie)."""
+    """Orientation of images: upright (rotated by EXIF when they are read or resized) or stored (pixels as stored)."""
     decode: bool = False
-    """Decode every image fully to find damage inside; otherwise only its header and end are checked."""
+    """Decode every image completely to find damaged ones; otherwise only the header and end are checked."""
     max_pixels: int = MAX_PIXELS
-    """Pixels of the largest image that is packed."""
+    """Maximum number of pixels of an image; larger images are skipped."""
 
     def __post_init__(self) -> None:
         if not 0 < self.shard_mb < 2**20:
@@ -40,7 +39,7 @@ class PackSettings:
             raise ValueError(f"--quality {self.quality}: must be in [1, 100].")
 
     def describe(self) -> str:
-        """What happens to the images, in words; empty for nothing."""
+        """Describe the changes to the images; empty if there are none."""
         if not self.resize and self.encode == "keep":
             return ""
         size = f"shorter side at most {self.resize} (bicubic), " if self.resize else ""
@@ -52,29 +51,29 @@ class PackSettings:
 @dataclass
 @checked("--")
 class SourceOptions:
-    """What only the user knows of a source; None where it tells by itself."""
+    """Options for reading a source of images; None where they can be inferred."""
 
     labels: Annotated[str | None, Arg("KEY")] = None
-    """Array of labels in an .npz, or a file of them."""
+    """Array of labels in an .npz, or a file of labels."""
     label_column: Annotated[str | None, Arg("NAME", is_path=False)] = None
-    """Column of labels in a list or in a data set of Hugging Face; null for the one that its name tells."""
+    """Column of labels in a list or in a data set of Hugging Face; null for a column with a usual name."""
     images: Annotated[str | None, Arg("KEY", is_path=False)] = None
     """Array of images in an .npz."""
     layout: Literal["nhw", "nhwc", "nchw"] | None = None
-    """Layout of an array; null for what its shape tells."""
+    """Layout of an array; null for the one inferred from its shape."""
     convert: Literal["unit", "signed", "byte", "deep"] | None = None
-    """Values of an array that are not 8 or 16 bits: unit (0 to 1), signed (-1 to 1), byte (0 to 255) or deep (0 to
-    65,535)."""
+    """Range of values in an array that is not uint8 or uint16: unit (0 to 1), signed (-1 to 1), byte (0 to 255) or deep
+    (0 to 65,535)."""
 
     split: Annotated[str | None, Arg("NAME", is_path=False)] = None
     """Split of a data set of Hugging Face or torchvision, such as train."""
     root: Annotated[str | None, Arg("FOLDER")] = None
     """Folder with the files of a data set of torchvision."""
     download: bool = False
-    """Fetch the files of a data set of torchvision that are not there."""
+    """Download missing files of a data set of torchvision."""
 
     def reject_unused(self, source: str | Path, kind: str, *usable: str) -> None:
-        """Raise ValueError if an option is given that this kind of source has no use for."""
+        """Raise ValueError if an option is given that does not apply to this kind of source."""
         for name, value in vars(self).items():
             if value not in (None, False) and name not in usable:
                 given = name.replace("_", "-") + ("" if value is True else f" {value}")
@@ -84,12 +83,12 @@ class SourceOptions:
 @dataclass
 @checked("--")
 class IndexOptions:
-    """What only the user knows of shards that others wrote."""
+    """Options for indexing shards written by other tools."""
 
     labels: Annotated[str | None, Arg("FIELD", is_path=False)] = None
-    """Field with the class number or name of an image; null for cls, or txt where that holds few names."""
+    """Field with the class number or name of an image; null for cls, or for txt if it holds few different names."""
     image: Annotated[str | None, Arg("FIELD", is_path=False)] = None
     """Field with the image, such as left.jpg, where a key has several."""
     orientation: Literal["upright", "stored"] | None = None
-    """Orientation of images: upright (turned as EXIF says) or stored (as their pixels lie); null for what an earlier
-    index says, otherwise upright."""
+    """Orientation of images: upright (rotated by EXIF) or stored (pixels as stored); null for that of an earlier index,
+    otherwise upright."""

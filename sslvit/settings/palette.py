@@ -1,4 +1,4 @@
-"""Palette files: ours, the released one of iGPT, and that of transformers."""
+"""Read palette files of sslvit, of the released iGPT and of transformers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 from sslvit.files import brief, expand_path, printable
 
 UNIFORM = "uniform"
-FURTHEST = 1.01  # from zero: the mean of many ones may be a little more
+FURTHEST = 1.01  # largest magnitude; rounding may put the mean of many ones slightly above 1
 
 
 def read_palette(path: str | Path) -> list[list[float]]:
-    """The colors in a file, in [-1, 1]; nothing in it can run.
+    """Read colors in [-1, 1] from a file; never runs code from the file.
 
     Args:
-        path: what `sslvit palette` wrote (.json), the released clusters of iGPT (.npy), or transformers'
-            preprocessor_config.json.
+        path: A file of `sslvit palette` (.json), the released clusters of iGPT (.npy), or the
+            preprocessor_config.json of transformers.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no palette.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a palette.
     """
     path = Path(expand_path(path))
     if not path.is_file():
@@ -37,7 +37,7 @@ def read_palette(path: str | Path) -> list[list[float]]:
             content = json.loads(path.read_text(encoding="utf-8"))
             colors = content["colors"] if "colors" in content else content["clusters"]
         colors = [[float(value) for value in color] for color in colors]
-    except Exception as error:  # damaged bytes make numpy's reader raise almost anything
+    except Exception as error:  # for damaged files, numpy raises various errors
         raise ValueError(
             f"encoder.palette: {printable(path)} is no palette ({printable(' '.join(str(error).split()), 100)})."
         ) from error

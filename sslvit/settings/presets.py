@@ -1,4 +1,4 @@
-"""Names for settings: ViT-Ti to ViT-H (Dosovitskiy et al. 2021; Touvron et al. 2021) and iGPT-S to iGPT-L."""
+"""Named encoder settings: ViT-Ti to ViT-H (Dosovitskiy et al. 2021; Touvron et al. 2021) and iGPT-S to iGPT-L."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from sslvit.settings.choices import not_one_of
 from sslvit.settings.encoder import EncoderSettings
 
-INIT = "init"  # the encoder whose weights --init names
+INIT = "init"  # stands for the encoder of --init
 PRESETS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"width": 192, "depth": 12, "heads": 3},
     "vit_small": {"width": 384, "depth": 12, "heads": 6},
@@ -28,7 +28,7 @@ PRESETS |= {
 
 
 def preset_values(name: str) -> dict[str, Any]:
-    """The settings that a name stands for."""
+    """The settings of a preset."""
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"encoder.preset: {not_one_of(name, [*PRESETS, INIT])}")
     return dict(PRESETS[name])

@@ -1,4 +1,4 @@
-"""How a frozen encoder is scored."""
+"""Settings for evaluating a frozen encoder."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Precision = Literal["float32", "bf16"]
 
 
 def read_size(size: int | str | Sequence[int], settings: EncoderSettings) -> list[int]:
-    """Height and width that images are to be seen at.
+    """Read an input size as height and width.
 
     Args:
         size: One side, both as 48x64, or both in a sequence.
-        settings: Those of the encoder, whose patch must divide them.
+        settings: Settings of the encoder, whose patch must divide the sides.
 
     Raises:
-        ValueError: It is no size, or the encoder cannot take it; the message names the nearest that it can.
+        ValueError: Not a size, or the encoder does not accept it; the message gives the nearest valid sizes.
     """
     text = "x".join(map(str, size)) if isinstance(size, (list, tuple)) else str(size)
     match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text.strip().lower())
@@ -50,32 +50,32 @@ def read_size(size: int | str | Sequence[int], settings: EncoderSettings) -> lis
 @dataclass(kw_only=True)
 @checked("--")
 class Readout:
-    """Which tokens of an encoder are its features."""
+    """How features are taken from an encoder."""
 
     layer: int | None = None
-    """Number of the block whose output is taken; null for the encoder's own."""
+    """Number of the block whose output is used; null for the encoder's own."""
     pooling: Pooling | None = None
     """Pooling of the tokens; null for the encoder's own."""
 
 
 @dataclass(kw_only=True)
 class BlocksReadout(Readout):
-    """The same of several blocks."""
+    """How features are taken from one or several blocks of an encoder."""
 
     blocks: int = 1
-    """Number of consecutive blocks, ending with that one, whose features are concatenated."""
+    """Number of consecutive blocks whose features are concatenated, ending with that of layer."""
 
 
 @dataclass(kw_only=True)
 class FewLabels:
-    """How many labels a logistic regression on few labels has."""
+    """Number of labels for logistic regression on few labels."""
 
     labels_per_class: int | None = None
     """Number of labels per class for logistic regression on few labels."""
     labels_percent: float | None = None
     """Percentage of each class's labels for logistic regression on few labels."""
     draws: int = 5
-    """Number of random subsets of the labels that are averaged."""
+    """Number of random subsets of the labels to average over."""
 
 
 @dataclass(kw_only=True)
@@ -84,9 +84,9 @@ class ForwardPasses:
     """Forward passes of images."""
 
     batch: int = 256
-    """Images per forward pass."""
+    """Number of images per forward pass."""
     device: Device = "auto"
-    """Device of the encoder and of what is fitted; auto is a GPU where there is one."""
+    """Device of the encoder and the fitted heads; auto is a GPU if there is one."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "--", "0 or more", "workers", "seed")
@@ -96,25 +96,25 @@ class ForwardPasses:
 
 @dataclass(kw_only=True)
 class Passes(ForwardPasses):
-    """Forward passes of an encoder, whose images processes may load."""
+    """Forward passes of an encoder, with loader processes."""
 
     workers: int | None = None
-    """Number of loader processes, which images that are kept in memory do not need; null for one per CPU core but one,
+    """Number of loader processes, which are not needed for images kept in memory; null for one per CPU core minus one,
     up to 16, if the encoder is on a GPU, and none if it is on a CPU.
     """
     precision: Precision = "float32"
-    """Precision of the encoder's forward passes. bf16 is faster; features differ by up to 1.3 % of their norm, and
-    where they vary little from image to image, accuracies were up to 4 points lower. Heads and neighbors are computed
+    """Precision of the encoder's forward passes. bf16 is faster, but features differ by up to 1.3 % of their norm;
+    accuracies were up to 4 points lower for features that vary little between images. Heads and neighbors are computed
     in float32 and float64.
     """
 
 
 @dataclass(kw_only=True)
 class UnreadableImages:
-    """Images that cannot be read."""
+    """Handling of images that cannot be read."""
 
     max_unreadable_fraction: float = 0.01
-    """Fraction of a data set's images that may be unreadable; these are skipped and counted."""
+    """Maximum fraction of unreadable images in a data set; these are skipped and counted."""
 
 
 @dataclass
@@ -125,25 +125,25 @@ class KNNSettings(Passes, UnreadableImages, BlocksReadout):
     train: Annotated[str, Arg("SHARDS")]
     """Labeled shards (or a folder of images) that the heads are fitted on."""
     val: Annotated[str, Arg("SHARDS")]
-    """Labeled shards that are scored, and never used to choose anything."""
+    """Labeled shards for evaluation, which are never used to choose anything."""
     _: KW_ONLY
     neighbors: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
     """Numbers k of neighbors that vote."""
     temperature: float = 0.07
     """Temperature of the neighbors' vote."""
     whiten: bool = False
-    """Whiten features before neighbors are searched, by mean and covariance of the training features: for encoders such
-    as MAE's, whose cosine similarities a few directions decide that all images share."""
+    """Whiten features before the neighbor search, by mean and covariance of the training features. This helps encoders
+    such as MAE's, whose cosine similarities are dominated by a few directions that all images share."""
     baselines: bool = True
     """Also score raw pixels and the same architecture with untrained weights."""
     seeds: int = 1
-    """Number of seeds of everything random: untrained weights, folds, subsets of labels and the steps of a head."""
+    """Number of seeds for everything random: untrained weights, folds, subsets of labels and the steps of a head."""
     seed: int = 0
     """First seed."""
     allow_same_data: bool = False
-    """Take the same images for both sets, whose scores say nothing of other images."""
+    """Allow the same images for training and validation, although the scores then say nothing about other images."""
     cache: Annotated[str | None, Arg("FOLDER")] = "~/.cache/sslvit-features"
-    """Folder that keeps features; none for no such folder."""
+    """Folder in which features are cached; none for no cache."""
     cache_gb: float = 20.0
     """Maximum size of that folder in GB."""
 

@@ -1,4 +1,4 @@
-"""Linear probes by name: whose evaluation is repeated, and with which numbers."""
+"""Linear probes by name: the evaluation protocols of several papers and their hyperparameters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sslvit.settings.choices import Choice, check_bounds, checked
 
 @dataclass
 class ProtocolSettings:
-    """What all protocols say about themselves."""
+    """Base of the settings of all protocols."""
 
     name: str
     """Name of the protocol."""
     source: ClassVar[str]
-    chosen_by_paper: ClassVar[str | None] = None  # what the paper chose on the very set that it reports
+    chosen_by_paper: ClassVar[str | None] = None  # what the paper selected on the set that it reports
 
 
 @dataclass
@@ -47,7 +47,7 @@ class SGDProbeSettings(ProtocolSettings):
     name: str
     """Name of the protocol."""
     batch: int = 1024
-    """Images per step; all of them where there are fewer."""
+    """Number of images per step; all images if there are fewer."""
     momentum: float = 0.9
     """Momentum of the optimizer."""
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
@@ -55,10 +55,10 @@ class SGDProbeSettings(ProtocolSettings):
     flip: float = 0.5
     """Probability of a horizontal flip."""
     fraction: float = 0.875
-    """Fraction of the shorter side that the center crop of the validation images keeps (224 of 256: 0.875)."""
-    length: ClassVar[str] = "epochs"  # the key that makes it longer or shorter
+    """Fraction of the shorter side kept by the center crop of validation images (224 of 256: 0.875)."""
+    length: ClassVar[str] = "epochs"  # the key that sets the length of training
     augment: bool = True
-    """Take new crops in every epoch, each a pass through the encoder; false takes one pass over center crops."""
+    """Use new random crops in every epoch, each in a pass through the encoder; false uses center crops once."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "--protocol.", "2 or more", "batch")
@@ -69,7 +69,7 @@ class SGDProbeSettings(ProtocolSettings):
         check_bounds(self, "--protocol.", "positive", "epochs", "base_lr")
 
     def steps(self, per_epoch: int) -> int:
-        """Number of steps, where an epoch has `per_epoch`."""
+        """Number of steps in total, for `per_epoch` steps per epoch."""
         return max(1, round(getattr(self, self.length) * per_epoch))
 
 
@@ -83,9 +83,9 @@ class MAEProbeSettings(SGDProbeSettings):
     epochs: float = 90.0
     """Passes over the training images (90 for ViT-B, 50 for ViT-L and ViT-H)."""
     batch: int = 16384
-    """Images per step; all of them where there are fewer."""
+    """Number of images per step; all images if there are fewer."""
     base_lr: float = 0.1
-    """Learning rate at a batch size of 256; the learning rate is base_lr x batch / 256."""
+    """Learning rate at a batch size of 256; the actual learning rate is base_lr x batch / 256."""
     warmup_epochs: float = 10.0
     """Epochs of linear learning rate warm-up from zero."""
     source: ClassVar[str] = "He et al. 2022, appendix A.1; released main_linprobe.py"
@@ -106,13 +106,13 @@ class DINOProbeSettings(SGDProbeSettings):
     name: Literal["dino"] = "dino"
     """Name of the protocol."""
     blocks: int | None = None
-    """Number of last blocks whose class tokens are concatenated; null for 4, or for 1 beside the mean over the patches
-    in an encoder as wide as ViT-B.
+    """Number of last blocks whose class tokens are concatenated; null for 4, or, for an encoder as wide as ViT-B, for 1
+    together with the mean over the patches.
     """
     epochs: float = 100.0
     """Passes over the training images."""
     base_lr: float = 1e-3
-    """Learning rate at a batch size of 256; the learning rate is base_lr x batch / 256."""
+    """Learning rate at a batch size of 256; the actual learning rate is base_lr x batch / 256."""
     source: ClassVar[str] = "Caron et al. 2021, released eval_linear.py"
     chosen_by_paper: ClassVar[str | None] = "the best epoch"
 
@@ -124,23 +124,23 @@ class DINOProbeSettings(SGDProbeSettings):
 @dataclass
 @checked("--protocol.")
 class DINOv2ProbeSettings(SGDProbeSettings):
-    """DINOv2's linear probe (Oquab et al. 2024): 13 rates x 4 features, trained side by side."""
+    """DINOv2's linear probe (Oquab et al. 2024): 13 learning rates x 4 features, trained in parallel."""
 
     name: Literal["dinov2"] = "dinov2"
     """Name of the protocol."""
     lrs: list[float] = field(
         default_factory=lambda: [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
     )
-    """Learning rates at a batch size of 256, each trained."""
+    """Learning rates at a batch size of 256; a head is trained with each."""
     blocks: list[int] = field(default_factory=lambda: [1, 4])
-    """Numbers of last blocks whose class tokens are concatenated, each trained with and without the mean over the
-    patches.
+    """Numbers of last blocks whose class tokens are concatenated; heads are trained for each, with and without the mean
+    over the patches.
     """
     length: ClassVar[str] = "iterations"
     iterations: int = 12_500
     """Number of steps."""
     held_out: float = 0.1
-    """Fraction of the training images on which the best of the heads is chosen."""
+    """Fraction of the training images held out to choose the best head."""
     source: ClassVar[str] = "Oquab et al. 2024, released eval/linear.py"
     chosen_by_paper: ClassVar[str | None] = "the best of the heads"
 
@@ -154,7 +154,7 @@ class DINOv2ProbeSettings(SGDProbeSettings):
             raise ValueError("--protocol.iterations must be 1 or more, and --protocol.held_out in (0, 1).")
 
     def steps(self, per_epoch: int) -> int:
-        """As given."""
+        """Number of steps in total, which does not depend on `per_epoch`."""
         return self.iterations
 
 

@@ -1,4 +1,4 @@
-"""The recipes that come with sslvit, and what their headers say of data, encoder, cost and score."""
+"""The recipes that come with sslvit, with data, encoder, cost and score from their headers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sslvit.results import Result
 from sslvit.settings.choices import near
 from sslvit.settings.load import merge_recipe, recipe_names, recipes_folder
 
-FIELDS = ("Data", "Encoder", "Hardware", "Hours", "Score")  # of a header, each a line "# Data: ...", perhaps continued
+FIELDS = ("Data", "Encoder", "Hardware", "Hours", "Score")  # fields of a header, on lines such as "# Data: ..."
 NOT_MEASURED = "not measured"
 SOURCES = {"(published": " (published)", "(measured here": " (measured)"}
 INDENT = 4  # of the second line of a recipe
@@ -20,17 +20,17 @@ INDENT = 4  # of the second line of a recipe
 
 @dataclass(frozen=True)
 class RecipeSummary:
-    """What the header of a recipe says.
+    """The content of a recipe's header.
 
     Args:
-        name: The name, which --config takes.
-        title: What it trains on what, in one sentence.
+        name: Name of the recipe, for --config.
+        title: Summary of the recipe in one sentence.
         task: Name of the training task.
-        data: The data set that it is made for.
+        data: Intended data set.
         encoder: Architecture and number of parameters.
-        hardware: What it is made for.
-        hours: How long it takes, and who measured that.
-        score: What to expect, and who measured that.
+        hardware: Intended hardware.
+        hours: Duration, and who measured it.
+        score: Expected score, and who measured it.
     """
 
     name: str
@@ -61,8 +61,8 @@ class Recipes(Result):
     """The recipes and benches that come with sslvit.
 
     Args:
-        recipes: What the header of each recipe says.
-        benches: Name of each bench -> what it compares.
+        recipes: Summary of each recipe.
+        benches: Name of each bench -> title.
     """
 
     recipes: list[RecipeSummary]
@@ -88,7 +88,7 @@ def recipes() -> Recipes:
     """List the recipes that come with sslvit.
 
     Returns:
-        Their names, which `pretrain` and `load_recipe` take, with data, encoder, cost and score.
+        The names of the recipes, for `pretrain` and `load_recipe`, with data, encoder, cost and score.
 
     Example:
         print(sslvit.recipes())
@@ -99,7 +99,7 @@ def recipes() -> Recipes:
 
 
 def summarize(name: str) -> RecipeSummary:
-    """What the header of a recipe says.
+    """Summarize a recipe from its header.
 
     Raises:
         FileNotFoundError: No recipe of that name comes with sslvit.
@@ -110,10 +110,10 @@ def summarize(name: str) -> RecipeSummary:
 
 
 def recipe_text(name: str) -> str:
-    """The YAML of a recipe or a bench that comes with sslvit, as it is in the package.
+    """The YAML text of a recipe or bench that comes with sslvit.
 
     Raises:
-        FileNotFoundError: There is none of that name; the message says the nearest.
+        FileNotFoundError: The name is unknown; the message suggests the nearest.
     """
     known = [*recipe_names(), *recipe_names("bench")]
     if name not in known:
@@ -124,7 +124,7 @@ def recipe_text(name: str) -> str:
 
 
 def read_header(text: str) -> tuple[str, dict[str, str]]:
-    """The first line of a recipe, and what its header says in the lines of FIELDS."""
+    """The first line of a recipe, and the fields of its header, named as in FIELDS."""
     title, fields, last = "", dict[str, str](), ""
     for number, line in enumerate(text.splitlines()):
         if not line.startswith("#"):
@@ -151,7 +151,7 @@ def in_brief(text: str) -> str:
 
 
 def source_of(text: str) -> str:
-    """Who measured it, in one word in brackets; empty where nobody did."""
+    """Who measured a value, as one word in parentheses; empty if it was not measured."""
     if text.startswith(NOT_MEASURED):
         return ""
     return next((word for sign, word in SOURCES.items() if sign in text), "")

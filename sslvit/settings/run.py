@@ -1,4 +1,4 @@
-"""One run: the record that a recipe in configs/ fills in, with its optimizer, length and hardware, and probes."""
+"""Settings of a run, as a recipe in configs/ gives them: optimizer, length, hardware and online evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sslvit.settings.probe import Precision
 from sslvit.settings.task import DINOSettings, IGPTSettings, MAESettings, SupervisedSettings, TaskSettings, Usual
 
 MAX_WARMUP_STEPS = 12_500  # 10 epochs of ImageNet in batches of 1024 (Caron et al. 2021, section 3.2)
-MIN_FITTED_STEPS = 10_000  # of a run whose length is chosen for a small data set
+MIN_FITTED_STEPS = 10_000  # minimum length that is chosen for a small data set
 UNITS = {"d": 86400, "h": 3600, "min": 60, "s": 1}  # in seconds
 DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?)\s*{unit}\s*)?" for unit in UNITS))
 
@@ -23,44 +23,44 @@ DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?)\s*{unit}\s*)?" for unit in U
 @dataclass
 @checked("optim.")
 class OptimSettings:
-    """AdamW with a learning rate that warms up linearly and then decays, step by step."""
+    """AdamW with a learning rate that warms up linearly and then decays, updated every step."""
 
     base_lr: float | None = 1.5e-4
     """Learning rate at a global batch size of 256; the peak learning rate is base_lr x global_batch_size / 256. null
-    for one that suits the task, with a peak that grows like the square root of the batch size.
+    for a usual value of the task, with a peak that grows with the square root of the batch size.
     """
     min_lr: float = 0.0
-    """Learning rate that the schedule ends at, one step after the last."""
+    """Final learning rate of the schedule, reached one step after the last."""
     warmup_epochs: float | None = 40
-    """Epochs of linear learning rate warm-up from zero; null for a tenth of the run, at most 12,500 steps, which also
+    """Epochs of linear learning rate warm-up from zero; null for a tenth of the run, at most 12,500 steps. This also
     replaces a warm-up as long as the run.
     """
     lr_schedule: Literal["cosine", "wsd"] = "cosine"
     """Learning rate after the warm-up: half a cosine to min_lr over the rest of the run, or wsd (warmup-stable-decay,
-    Hägele et al. 2024): constant, and in the cooldown along 1 - sqrt to min_lr, so that one run gives several lengths.
+    Hägele et al. 2024): constant, then a cooldown to min_lr along 1 - sqrt, so that one run yields several lengths.
     """
     cooldown_fraction: float = 0.2
-    """With wsd, the fraction of the run at its end in which the learning rate decays."""
+    """With wsd, the fraction of the run at the end in which the learning rate decays."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of matrices, and in pretraining of tokens and position tables, too; biases, norms and
+    """Decoupled weight decay of matrices and, in pretraining, also of tokens and position tables; biases, norms and
     scales have none.
     """
     final_weight_decay: float | None = None
     """Weight decay at the end of the run, reached along half a cosine (DINO); null keeps weight_decay."""
     layer_decay: float = 1.0
     """Factor of the learning rate from each block of the encoder to the one before it (He et al. 2022, appendix A.1);
-    what stands behind the encoder has the full rate.
+    layers after the encoder have the full rate.
     """
     freeze_encoder_epochs: float | None = 0
-    """Epochs at the start in which the encoder keeps the weights of --init, while what is new learns; null for a tenth
-    of the run, which also replaces a number as long as the run.
+    """Epochs at the start in which the encoder keeps the weights of --init while new layers are trained; null for a
+    tenth of the run. This also replaces a number as long as the run.
     """
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """Coefficients of AdamW's moving averages."""
     clip_grad: float | None = None
     """Maximum gradient norm; null for no clipping."""
     clip_grad_by: Literal["all", "parameter"] = "all"
-    """Norm that is clipped: that of all gradients together, or of each parameter on its own (DINO)."""
+    """Norm to clip: that of all gradients together, or that of each parameter separately (DINO)."""
 
     def __post_init__(self) -> None:
         rates = ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "final_weight_decay", "freeze_encoder_epochs")
@@ -72,12 +72,12 @@ class OptimSettings:
             raise ValueError(f"optim.clip_grad: {self.clip_grad} must be positive; null for no clipping.")
 
     def fitted(self, steps_per_epoch: int, total_steps: int, base_lr: float | None = None) -> OptimSettings:
-        """The same with every null that stands for a choice, and what would last as long as the run, replaced.
+        """Replace every null that stands for an automatic choice, and any warm-up or freezing as long as the run.
 
         Args:
             steps_per_epoch: Optimizer steps in one pass over the data.
             total_steps: Optimizer steps in the run.
-            base_lr: Learning rate where none is given (`Usual.base_lr_at`).
+            base_lr: Base learning rate if none is given (`Usual.base_lr_at`).
         """
         fitting: dict[str, Any] = {} if self.base_lr is not None else {"base_lr": base_lr}
         if self.warmup_epochs is None or self.warmup_epochs * steps_per_epoch >= max(total_steps, 1):
@@ -87,10 +87,10 @@ class OptimSettings:
         return replace(self, **fitting) if fitting else self
 
     def warmup_steps(self, steps_per_epoch: int, total_steps: int) -> int:
-        """Whole steps; fewer than the recipe's where the run is shorter than that.
+        """Number of warm-up steps, at most the length of the run.
 
         Raises:
-            ValueError: the warm-up is still to be chosen.
+            ValueError: warmup_epochs is still null.
         """
         if self.warmup_epochs is None:
             raise ValueError("optim.warmup_epochs: still null. Call OptimSettings.fitted first.")
@@ -100,7 +100,7 @@ class OptimSettings:
         """Learning rate after the warm-up.
 
         Raises:
-            ValueError: it is still to be chosen.
+            ValueError: base_lr is still null.
         """
         if self.base_lr is None:
             raise ValueError("optim.base_lr: still null. Call OptimSettings.fitted first.")
@@ -108,10 +108,10 @@ class OptimSettings:
 
 
 def read_duration(text: str) -> float:
-    """Seconds of a time in words, such as 90s, 60min, 1h30min or 2d.
+    """Read a duration such as 90s, 60min, 1h30min or 2d, in seconds.
 
     Raises:
-        ValueError: It is none, or no time at all.
+        ValueError: Not a duration, or zero.
     """
     found = DURATION.fullmatch(text.strip().lower())
     seconds = sum(float(n or 0) * unit for n, unit in zip(found.groups(), UNITS.values(), strict=True)) if found else 0
@@ -123,24 +123,24 @@ def read_duration(text: str) -> float:
 @dataclass
 @checked("train.")
 class TrainSettings:
-    """One run."""
+    """Length, hardware and outputs of a run."""
 
     epochs: float | None = 800
-    """Passes over the data, converted to steps once, from the index and the global batch size. null for the paper's,
-    for at least 10,000 steps on a small data set, and for no more images in all than the paper's run saw; on a CPU for
-    about an hour at most.
+    """Passes over the data, converted once to steps by the size of the data set and the global batch size. null for the
+    paper's number, with at least 10,000 steps on a small data set, at most as many images in total as in the paper, and
+    on a CPU at most about an hour.
     """
     steps: int | None = None
     """Number of optimizer steps in the run; overrides epochs, and the schedules shrink with it."""
     budget: str | None = None
-    """Time from the first step to the last on this machine, such as 60min, 8h or 1h30min, in the place of epochs and
-    steps: some steps are timed before the run, and as many are taken as end in time. Evaluations by online.train come
-    on top.
+    """Time from the first step to the last on this machine, such as 60min, 8h or 1h30min, instead of epochs and steps:
+    some steps are timed before the run to choose a number of steps that fits. Evaluations of online.train take
+    additional time.
     """
     micro_batch_size: int | Literal["auto"] | None = "auto"
-    """Images per forward pass on one rank; null for all of the rank's images; auto for as many of them as the memory of
-    a GPU holds by `sslvit plan`, or, on a CPU, what is free of this machine's. Smaller micro-batches are accumulated,
-    with the same result up to rounding.
+    """Number of images per forward pass on one rank; null for all of the rank's images; auto for as many as fit the
+    memory of the GPU, as estimated by `sslvit plan`, or the free memory of the machine on a CPU. Gradients of smaller
+    micro-batches are accumulated, with the same result up to rounding.
     """
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Hardware to train on."""
@@ -151,15 +151,15 @@ class TrainSettings:
     nodes: int | None = None
     """Number of machines; null for those that a launcher (torchrun, srun) has started, and for one without."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """Distribution over ranks: ddp (each process has all weights) or fsdp (each has a shard of them: FSDP2), for models
-    whose weights, gradients and moments do not fit one GPU. The result is the same up to rounding, and a resumed run
-    may change it.
+    """Distribution over ranks: ddp (each process has all weights) or fsdp (each has a shard of them, FSDP2; for models
+    whose weights, gradients and moments do not fit one GPU). Results are the same up to rounding, and a resumed run may
+    use the other one.
     """
     timeout_seconds: float = 900
-    """Seconds that a process waits for the others, also at startup, before the run ends with an error."""
+    """Seconds that a process waits for the other processes, also at startup, before the run ends with an error."""
     compile: Literal["auto", "none", "default", "reduce-overhead"] = "auto"
-    """Mode of torch.compile for the computation of a step; auto is default on a GPU and none elsewhere. reduce-overhead
-    also records each step's kernels as a CUDA graph: for small models, and without accumulation.
+    """Mode of torch.compile for a training step; auto is default on a GPU and none elsewhere. reduce-overhead also
+    records the kernels of a step as a CUDA graph, for small models and without accumulation.
     """
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
     """Precision of the computation; auto is bf16 where the hardware supports it, otherwise float32."""
@@ -168,15 +168,15 @@ class TrainSettings:
     checkpoint_every: int = 1000
     """Steps between two checkpoints; the last step always writes one."""
     skip_limit: int = 10
-    """Consecutive steps that may be skipped because their loss or gradient is not finite, before the run ends."""
+    """Maximum number of consecutive steps skipped for a non-finite loss or gradient, before the run ends."""
     requeue: bool = True
     """Ask SLURM to requeue the batch job when it is preempted."""
     keep_last: int = 1
     """Number of most recent checkpoints to keep; if it is more than one, they are named by step."""
     keep_every: int | None = None
-    """Interval of steps whose checkpoints are kept for good; null for none."""
+    """Interval in steps of checkpoints that are kept permanently; null for none."""
     checkpoint_in_background: bool = False
-    """Write checkpoints in a thread while training goes on, from a copy in memory."""
+    """Write checkpoints in a background thread, from a copy in memory, while training continues."""
     tensorboard: bool = False
     """Also write the metrics, and the figures at the end, for TensorBoard (tensorboard/ in the run folder)."""
     wandb: str | None = None
@@ -186,17 +186,17 @@ class TrainSettings:
     folder's mlflow/ is written.
     """
     peak_tflops: float | None = None
-    """Peak TFLOP/s of each device, for the model FLOPs utilization (mfu) in the metrics; null for what is known of the
-    GPU by name.
+    """Peak TFLOP/s of each device, for the model FLOPs utilization (mfu) in the metrics; null for the known value of
+    the GPU.
     """
     threads: int | None = None
-    """CPU threads per process; null leaves torch's choice."""
+    """Number of CPU threads per process; null for torch's default."""
     deterministic: bool = False
-    """Use deterministic kernels on the GPU, at some cost."""
+    """Use deterministic kernels on the GPU, which are slower."""
 
     @property
     def ranks(self) -> int:
-        """Number of processes in all."""
+        """Total number of processes."""
         return (self.devices or 1) * (self.nodes or 1)
 
     def __post_init__(self) -> None:
@@ -218,15 +218,15 @@ class TrainSettings:
 
     @property
     def batch_multiple(self) -> int:
-        """What every global batch size is a multiple of: one image, or one given micro-batch, on each rank."""
+        """Number that every global batch size is a multiple of: one image, or one given micro-batch, on each rank."""
         micro = self.micro_batch_size if isinstance(self.micro_batch_size, int) else 1
         return self.ranks * micro
 
     def fitted(self, usual: Usual, images: int, steps_per_epoch: int) -> TrainSettings:
-        """The same with a length that suits the data set, where none is given.
+        """Choose a length that suits the data set if none is given.
 
         Args:
-            usual: What suits the task.
+            usual: Usual values of the task.
             images: Number of images in the data set.
             steps_per_epoch: Optimizer steps in one pass over them.
         """
@@ -239,7 +239,7 @@ class TrainSettings:
 @dataclass
 @checked("online.")
 class OnlineSettings:
-    """Nearest neighbors and a linear probe on frozen features, every so many steps; training does not feel them."""
+    """Nearest neighbors and a linear probe on frozen features at regular intervals, without effect on training."""
 
     train: str | None = None
     """Labeled shards that the neighbors and the linear probe are fitted on; null for no online evaluation."""
@@ -248,7 +248,7 @@ class OnlineSettings:
     every: int = 1000
     """Steps between two online evaluations, rounded up to lines of metrics.jsonl."""
     images: int = 5000
-    """Number of images used of each of the two sets, evenly spaced."""
+    """Number of images to use from each of the two sets, evenly spaced."""
     neighbors: int = 20
     """Number k of neighbors that vote."""
     precision: Precision = "float32"
@@ -285,7 +285,7 @@ TASK_CHOICE = Choice("name", "mae", TASK_SETTINGS, task_settings)
 
 @dataclass
 class RunSettings:
-    """Everything that decides a run's result."""
+    """Everything that determines the result of a run."""
 
     task: Annotated[TaskSettings, TASK_CHOICE] = field(default_factory=MAESettings)
     """Training task; its name picks the other keys."""
@@ -304,7 +304,7 @@ class RunSettings:
     out: str = "runs/new"
     """Run folder."""
     init: str | None = None
-    """Encoder whose weights are the initialization; null for random weights."""
+    """Encoder whose weights initialize the run; null for random weights."""
 
     def __post_init__(self) -> None:
         self.out = expand_path(self.out)

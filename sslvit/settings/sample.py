@@ -1,4 +1,4 @@
-"""How images are drawn from a model of pixels."""
+"""Settings for sampling images from an autoregressive model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sslvit.settings.choices import check_bounds
 
-MIN_TEMPERATURE = 0.001  # below, the likeliest color has all of the probability anyway
+MIN_TEMPERATURE = 0.001  # below this, the likeliest color already has all of the probability
 
 
 @dataclass
@@ -22,7 +22,7 @@ class SampleSettings:
     seed: int = 0
     """Seed of the samples. Image number i gets the same random numbers in any batch."""
     batch: int = 32
-    """Images that are sampled side by side."""
+    """Number of images to sample in parallel."""
 
     def __post_init__(self) -> None:
         if self.temperature and not MIN_TEMPERATURE <= self.temperature < float("inf"):

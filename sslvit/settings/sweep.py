@@ -1,4 +1,4 @@
-"""A grid of settings: how several values are typed, their combinations, and a readable name for each."""
+"""A grid of settings: parse lists of values, combine them, and name each combination."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from sslvit.files import brief, quoted
 from sslvit.settings.load import YAML_ERRORS
 from sslvit.settings.typed import read_plain, read_value
 
-MAX_NAME = 200  # characters of a folder's name, of which file systems take 255
+MAX_NAME = 200  # characters of a folder name; file systems allow 255
 SWEPT = "encoder.depth 2,4"
 
 
 def read_values(text: str) -> list[Any]:
-    """The values of a setting as they are typed: those of a YAML list without its brackets.
+    """Parse several values of a setting, written as a YAML list without its brackets.
 
-    Commas separate values: 2,4. A value that is a list stands in brackets, [0.9,0.95],[0.9,0.999], and text with a
-    comma in quotes. What YAML cannot read so is one value, the text.
+    Commas separate values: 2,4. A list as a value needs brackets, [0.9,0.95],[0.9,0.999], and text with a comma needs
+    quotes. Text without commas that is not valid YAML is a single value.
 
     Raises:
-        ValueError: It is text with a comma that YAML cannot read.
+        ValueError: The text contains a comma and is not valid YAML.
     """
     try:
         return read_plain(f"[{text}]") or [None]
@@ -38,13 +38,13 @@ def read_values(text: str) -> list[Any]:
 
 
 def plain_grid(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """A grid with values as YAML has them: paths as text, numbers of NumPy as Python's, tuples as lists.
+    """Convert the values of a grid to types of YAML: paths to text, NumPy numbers to Python's, tuples to lists.
 
     Args:
         grid: Dotted key -> values.
 
     Raises:
-        ValueError: A key has no list of values, or one that is no value of a setting.
+        ValueError: A key has no list of values, or a value has an unsupported type.
     """
     for key, values in grid.items():
         if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
@@ -95,7 +95,7 @@ def combinations(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]
 
 
 def name_run(values: Mapping[str, Any]) -> str:
-    """The name of a run's folder, which says its values of the swept settings.
+    """The name of a run's folder, made from its values of the swept settings.
 
     Args:
         values: Dotted key -> value.
@@ -109,13 +109,13 @@ def swept_keys(grid: Mapping[str, Sequence[Any]]) -> list[str]:
 
 
 def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
-    """Each key without its section, where no other key ends so."""
+    """Key -> the key without its section, unless another key has the same last part."""
     last = [key.rpartition(".")[2] for key in keys]
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
 def format_for_name(value: Any) -> str:
-    """A value as a part of a file's name: letters, digits, dots, signs and underscores."""
+    """Format a value for a file name, with letters, digits, dots, signs and underscores only."""
     values = value if isinstance(value, list) else [value]
     words = [f"{one:.0f}" if isinstance(one, float) and one in range(10**6) else format_value(one) for one in values]
     pieces = re.split(r"[^\w.+-]+", "\0".join(words), flags=re.ASCII)
@@ -123,7 +123,7 @@ def format_for_name(value: Any) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A value as it is typed behind its key."""
+    """Format a value as it would be typed for a setting."""
     if isinstance(value, str) and read_value(value) == value:
         return value
     return str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""What the settings of every task share, and those of MAE, DINO, iGPT and supervised training."""
+"""Settings of the tasks: MAE, DINO, iGPT and supervised training, and their common base."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from sslvit.settings.choices import check_bounds, checked
 
 IMAGES_PER_PROTOTYPE = 20  # ImageNet's 1.28 M images for 65,536 outputs (Caron et al. 2021, section 3.2)
 PAPER_BATCH, PAPER_MOMENTUM = 1024, 0.996  # section 3.2, "Implementation details"
-MIN_AVERAGES_PER_RUN = 10  # the teacher averages over at most one of them
+MIN_AVERAGES_PER_RUN = 10  # the teacher averages over at most this fraction (1/10) of a run
 
 
 @dataclass(frozen=True)
 class Usual:
-    """What nulls of batch, length and learning rate stand for, before they are fitted to data set and machine.
+    """Usual batch size, length and learning rate of a task, used where settings are null.
 
     Args:
-        batch: Most images per optimizer step.
-        epochs: Passes over a data set of ImageNet's size or less.
-        images: Most images that a run sees in all its passes.
-        base_lr: Learning rate at a batch size of 256 where the batch is the largest.
+        batch: Maximum number of images per optimizer step.
+        epochs: Passes over a data set of at most ImageNet's size.
+        images: Maximum number of images in all passes together.
+        base_lr: Learning rate per 256 images of a batch, for a batch of the maximum size.
     """
 
     batch: int
@@ -31,10 +31,10 @@ class Usual:
     base_lr: float
 
     def base_lr_at(self, global_batch_size: int) -> float:
-        """The base learning rate with which the peak grows like the square root of the batch size.
+        """The base learning rate for which the peak grows with the square root of the batch size.
 
-        That is the rule for adaptive optimizers (Malladi et al. 2022): a linear one leaves a small batch, as a small
-        data set has, with steps too short to learn from.
+        This is the rule for adaptive optimizers (Malladi et al. 2022). With a linear rule, the learning rate would be
+        too small for the small batches of a small data set.
         """
         return float(f"{self.base_lr * math.sqrt(self.batch / global_batch_size):.3g}")
 
@@ -46,18 +46,18 @@ class TaskSettings:
     usual: ClassVar[Usual] = Usual(batch=256, epochs=100, images=1.28e8, base_lr=5e-4)
 
     def fitted(self, images: int, global_batch_size: int, total_steps: int, classes: int | None = None) -> Self:
-        """The same with every null replaced by what suits the job; here there are none."""
+        """Replace every null by a value that suits the job; the base class has none."""
         return self
 
     def check_micro_batch(self, micro: int) -> None:
-        """Raise ValueError where a task needs more images side by side."""
+        """Raise ValueError if the task needs larger micro-batches."""
 
     def suggestion(self, symptom: str, lr: str) -> str:
-        """Which setting to change when training has failed.
+        """Suggest which setting to change after training has failed.
 
         Args:
-            symptom: Its name: even (all prototypes alike) or one prototype (tasks/dino.py).
-            lr: Key and value of the learning rate, in words.
+            symptom: Symptom of the failure: even (all prototypes are equally likely) or one prototype (tasks/dino.py).
+            lr: Key and value of the learning rate, as text.
         """
         return f"Lower {lr}, or raise data.global_batch_size."
 
@@ -65,9 +65,9 @@ class TaskSettings:
 @dataclass
 @checked("task.")
 class MAESettings(TaskSettings):
-    """Reconstruct hidden patches from a few visible ones (He et al. 2022)."""
+    """Reconstruct masked patches from a few visible ones (He et al. 2022)."""
 
-    # the paper's 800 epochs of ImageNet; its peak of 2.4e-3 at a batch of 4096, by the square root
+    # the paper's 800 epochs of ImageNet; its peak of 2.4e-3 at a batch size of 4096, scaled by the square root
     usual: ClassVar[Usual] = Usual(batch=1024, epochs=800, images=1.03e9, base_lr=3e-4)
     name: Literal["mae"] = "mae"
     """Name of the task."""
@@ -76,7 +76,7 @@ class MAESettings(TaskSettings):
     target: Literal["normalized", "raw"] = "normalized"
     """Reconstruction target: normalized (each patch by its own mean and variance) or raw pixels."""
     hog_weight: float = 0.0
-    """Weight of predicting the directions of a patch's edges (HOG; Wei et al. 2022) beside its pixels; 0 for none."""
+    """Weight of predicting HOG features (edge directions; Wei et al. 2022) in addition to pixels; 0 for none."""
     decoder_width: int = 512
     """Embedding dimension of the decoder."""
     decoder_depth: int = 8
@@ -84,7 +84,7 @@ class MAESettings(TaskSettings):
     decoder_heads: int = 16
     """Number of attention heads in the decoder."""
     decoder_mlp_ratio: float | None = None
-    """Hidden width of the decoder's MLPs over its width; null for encoder.mlp_ratio, as in the paper's code."""
+    """Ratio of the decoder's hidden MLP width to its width; null for encoder.mlp_ratio, as in the paper's code."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
@@ -103,19 +103,19 @@ class MAESettings(TaskSettings):
 @dataclass
 @checked("task.")
 class DINOSettings(TaskSettings):
-    """A student learns to name crops as its own average, the teacher, names them (Caron et al. 2021).
+    """Train a student to match the outputs of a teacher, its own moving average, on other crops (Caron et al. 2021).
 
-    Keys that are null are chosen for the data set and the batch, and printed at the start (docs/dino.md).
+    Settings that are null are chosen for the data set and the batch size, and printed at the start (docs/dino.md).
     """
 
-    # 300 epochs, or as many images as 100 epochs of ImageNet have (the released code's two lengths)
+    # 300 epochs, or the number of images in 100 epochs of ImageNet (the two lengths in the released code)
     usual: ClassVar[Usual] = Usual(batch=256, epochs=300, images=1.28e8, base_lr=5e-4)
     name: Literal["dino"] = "dino"
     """Name of the task."""
     out_dim: int | None = None
     """Number of prototypes, the output dimension of the heads; null for one per 20 images, from 256 to 65,536."""
     head_layers: int = 3
-    """Linear layers in the head's MLP."""
+    """Number of linear layers in the head's MLP."""
     head_width: int = 2048
     """Hidden width of the head's MLP."""
     bottleneck: int = 256
@@ -123,8 +123,8 @@ class DINOSettings(TaskSettings):
     batch_norm: bool = False
     """Use batch normalization in the head's MLP."""
     norm_last_layer: bool = True
-    """Keep the norm of each prototype at one; false learns the norms (better for a small model with a fitting
-    temperature, less stable).
+    """Keep the norm of each prototype at one; false learns the norms (better for small models with a suitable
+    temperature, but less stable).
     """
     student_temp: float = 0.1
     """Temperature of the student's softmax."""
@@ -139,19 +139,19 @@ class DINOSettings(TaskSettings):
     30.
     """
     momentum: float | None = None
-    """Momentum of the teacher's moving average at the first update; null for 0.996 at a batch size of 1024, as strong
-    per image at others, and an average over at most a tenth of the run.
+    """Momentum of the teacher's moving average at the first update; null for 0.996 at a batch size of 1024, the same
+    averaging per image at other batch sizes, and an average over at most a tenth of the run.
     """
     final_momentum: float = 1.0
     """Momentum of the teacher's moving average at the end of the run, reached along half a cosine."""
     centering: Literal["mean", "sinkhorn"] = "mean"
-    """What keeps the teacher from one output for all images: mean (subtract a moving average) or sinkhorn
+    """Method to keep the teacher from collapsing to one output: mean (subtract a moving average) or sinkhorn
     (Sinkhorn-Knopp: use all prototypes equally in every batch; DINOv2).
     """
     center_momentum: float = 0.9
     """Momentum of the moving average that is subtracted as the center; 1 for no centering."""
     sinkhorn_iterations: int = 3
-    """Iterations of Sinkhorn-Knopp."""
+    """Number of iterations of Sinkhorn-Knopp."""
     koleo: float = 0.0
     """Weight of the KoLeo term, which spreads the student's features over the sphere (DINOv2 uses 0.1)."""
     freeze_last_layer: float = 1
@@ -171,7 +171,7 @@ class DINOSettings(TaskSettings):
             raise ValueError("task.out_dim: with 1 prototype there is nothing to tell apart. Use 2 or more.")
 
     def fitted(self, images: int, global_batch_size: int, total_steps: int, classes: int | None = None) -> DINOSettings:
-        """The same with every null replaced by what suits the job."""
+        """Replace every null by a value that suits the job."""
         epochs = total_steps * global_batch_size / images
         fitting: dict[str, Any] = {
             "out_dim": prototypes_for(images),
@@ -182,7 +182,7 @@ class DINOSettings(TaskSettings):
         return replace(self, **{key: value for key, value in fitting.items() if getattr(self, key) is None})
 
     def check_micro_batch(self, micro: int) -> None:
-        """Raise ValueError where KoLeo has no second image."""
+        """Raise ValueError if KoLeo has no second image."""
         if micro < 2 and self.koleo:
             raise ValueError(
                 f"task.koleo: {self.koleo:g} spreads the images of one micro-batch, and a single one has no neighbor. "
@@ -190,7 +190,7 @@ class DINOSettings(TaskSettings):
             )
 
     def suggestion(self, symptom: str, lr: str) -> str:
-        """The knob for a teacher that is too even, or that has one prototype for all."""
+        """Suggest a setting to change if the teacher's output is uniform or always the same prototype."""
         return self._sharpen(lr) if symptom == "even" else self._center(lr)
 
     def _sharpen(self, lr: str) -> str:
@@ -219,17 +219,18 @@ class DINOSettings(TaskSettings):
 def prototypes_for(images: int) -> int:
     """The power of two nearest to one prototype per 20 images, from 256 to 65,536.
 
-    The paper's 65,536 for ImageNet; it found 1,024 to be 2 points of kNN worse there, so the number is not delicate.
+    The paper uses 65,536 for ImageNet. With 1,024, its kNN accuracy is only 2 points lower, so the number is not
+    critical.
     """
     return 2 ** min(max(round(math.log2(max(images, 1) / IMAGES_PER_PROTOTYPE)), 8), 16)
 
 
 def momentum_for(global_batch_size: int, total_steps: int) -> float:
-    """The teacher's first momentum.
+    """The initial momentum of the teacher.
 
-    The paper's 0.996 at a batch of 1024; an average over as many images at others (Busbridge et al. 2023, "How to
-    scale your EMA"); but over no more than a tenth of the run, which matters in short runs: on the digits two fifths
-    of it were worse than a tenth or a fortieth (docs/dino.md).
+    This is the paper's 0.996 at a batch size of 1024, and an average over as many images at other sizes (Busbridge et
+    al. 2023, "How to scale your EMA"). The average covers at most a tenth of the run, which matters in short runs: on
+    the digits, two fifths were worse than a tenth or a fortieth (docs/dino.md).
     """
     per_batch = PAPER_MOMENTUM ** (global_batch_size / PAPER_BATCH)
     per_run = 1 - min(MIN_AVERAGES_PER_RUN / total_steps, 0.5)
@@ -239,9 +240,9 @@ def momentum_for(global_batch_size: int, total_steps: int) -> float:
 @dataclass
 @checked("task.")
 class IGPTSettings(TaskSettings):
-    """Predict the palette color of pixels (Chen et al. 2020)."""
+    """Predict the palette colors of pixels (Chen et al. 2020)."""
 
-    # the paper's million steps of 128 images; the rate of igpt/small_cifar10
+    # the paper's million steps of 128 images; the learning rate of igpt/small_cifar10
     usual: ClassVar[Usual] = Usual(batch=128, epochs=100, images=1.28e8, base_lr=2e-3)
     name: Literal["igpt"] = "igpt"
     """Name of the task."""
@@ -260,18 +261,18 @@ class IGPTSettings(TaskSettings):
 @dataclass
 @checked("task.")
 class SupervisedSettings(TaskSettings):
-    """A linear head on the pooled tokens; all weights move. The defaults are those of MAE's released code for ViT-B."""
+    """Train all weights, with a linear head on the pooled tokens. Defaults: those of MAE's released code for ViT-B."""
 
     name: Literal["supervised"] = "supervised"
     """Name of the task."""
     classes: int | None = None
-    """Number of classes; null for as many as the shards name."""
+    """Number of classes; null for that of the shards."""
     val: str | None = None
     """Labeled validation shards, which are never used to choose anything."""
     allow_same_data: bool = False
-    """Take the images that are trained on for validation, whose scores say nothing of other images."""
+    """Allow validation on the training images, although the scores then say nothing about other images."""
     validate_every: int | None = None
-    """Steps between two validations, rounded up to lines of metrics.jsonl; null for the last step alone, whose accuracy
+    """Steps between two validations, rounded up to lines of metrics.jsonl; null for the last step only, whose accuracy
     is the reported one.
     """
     smoothing: float = 0.1
@@ -279,7 +280,7 @@ class SupervisedSettings(TaskSettings):
     mixup: float = 0.8
     """Alpha of mixup (Zhang et al. 2018); 0 for none."""
     cutmix: float = 1.0
-    """Alpha of CutMix (Yun et al. 2019); 0 for none. Where both are given, each batch uses one of them at random."""
+    """Alpha of CutMix (Yun et al. 2019); 0 for none. If both are given, each batch uses one of them at random."""
     erase: float = 0.25
     """Probability of random erasing: a random box is filled with noise (Zhong et al. 2020)."""
 
@@ -291,7 +292,7 @@ class SupervisedSettings(TaskSettings):
         check_bounds(self, "task.", "0 or more", "mixup", "cutmix")
 
     def check_micro_batch(self, micro: int) -> None:
-        """Raise ValueError where there is no second image to mix with."""
+        """Raise ValueError if there is no second image to mix with."""
         if micro < 2 and (self.mixup or self.cutmix):
             raise ValueError(
                 "task.mixup and task.cutmix mix images of one micro-batch: 1 is too few. Raise it, or set them to 0."
@@ -300,7 +301,7 @@ class SupervisedSettings(TaskSettings):
     def fitted(
         self, images: int, global_batch_size: int, total_steps: int, classes: int | None = None
     ) -> SupervisedSettings:
-        """The same with the number of classes that the data has; ValueError where there are no labels, or others."""
+        """Set the number of classes to that of the data; ValueError if labels are missing or the numbers differ."""
         if classes is None:
             raise ValueError(
                 "--train: supervised training needs labels, and these images have none. Pack them from one folder per "

@@ -1,4 +1,4 @@
-"""What is typed behind a setting -> its value."""
+"""Parse the values of settings given on the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sslvit.settings.load import YAML_ERRORS
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads null, true, false, numbers, text, lists, and keys with values; a date is text, as in a folder's name."""
+    """YAML loader for null, true, false, numbers, text, lists and dicts; dates stay text, as in folder names."""
 
 
 _PlainLoader.yaml_implicit_resolvers = {
@@ -25,16 +25,16 @@ _PlainLoader.yaml_constructors = {
 
 
 def read_plain(text: str) -> Any:
-    """What is typed, as YAML reads it, in types that a setting can have.
+    """Parse text as YAML, restricted to types that a setting can have.
 
     Raises:
-        One of YAML_ERRORS: It is not YAML.
+        One of YAML_ERRORS: The text is not valid YAML.
     """
     return yaml.load(text, _PlainLoader)
 
 
 def read_value(text: str) -> Any:
-    """A value as YAML reads it; text where that cannot."""
+    """Parse text as YAML; returns the text itself if it is not valid YAML."""
     try:
         return read_plain(text)
     except YAML_ERRORS:

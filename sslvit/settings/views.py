@@ -1,4 +1,4 @@
-"""How one image becomes the views that a task sees; `data.view.kind` picks one of these records."""
+"""Settings of the views of an image; `data.view.kind` selects one of these dataclasses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sslvit.plugins import find_plugin
 from sslvit.settings.choices import Choice, check_bounds, checked
 
 MAX_MAGNITUDE = 10  # of RandAugment's operations
-MAX_GLOBAL_SCALE = 16.0  # times its area that a crop may be larger than the image
+MAX_GLOBAL_SCALE = 16.0  # largest area of a crop relative to the image
 
 
 @dataclass
@@ -38,8 +38,8 @@ class CropSettings:
 class SquareSettings:
     """A random square of nearly the whole image, resized to few pixels: iGPT's view.
 
-    The paper (section 3.1) resizes the shorter side to a random length of 256 to 384 pixels, each as likely as another,
-    and crops 224: on average 0.71 of the shorter side. Here both are one step.
+    The paper (section 3.1) resizes the shorter side to a length sampled uniformly from 256 to 384 pixels and crops 224,
+    which is 0.71 of the shorter side on average. Here both are one step.
     """
 
     kind: Literal["square"] = "square"
@@ -65,15 +65,14 @@ class SquareSettings:
 @dataclass
 @checked("data.view.")
 class CenterSettings:
-    """The middle of the image, the same in every epoch: the view of probes."""
+    """The center of the image, the same in every epoch: the view of probes."""
 
     kind: Literal["center"] = "center"
     """Name of the view."""
     fraction: float = 1.0
-    """Fraction of the box's sides that is kept (224 of 256: 0.875)."""
+    """Fraction of the box's sides to keep (224 of 256: 0.875)."""
     mode: Literal["center", "squash"] = "center"
-    """Box that is seen: center (the largest box with the proportions of the encoder's input) or squash (the whole
-    image).
+    """Box to use: center (the largest box with the proportions of the encoder's input) or squash (the whole image).
     """
 
     def __post_init__(self) -> None:
@@ -83,12 +82,12 @@ class CenterSettings:
 @dataclass
 @checked("data.view.")
 class CanvasSettings:
-    """The whole image, drawn at a random size and place on black."""
+    """The whole image at a random size and position on a black canvas."""
 
     kind: Literal["canvas"] = "canvas"
     """Name of the view."""
     side: list[float] = field(default_factory=lambda: [2 / 3, 1.0])
-    """Smallest and largest side of the image as a fraction of the canvas."""
+    """Smallest and largest side of the image, as a fraction of the canvas."""
     flip: float = 0.0
     """Probability of a horizontal flip."""
 
@@ -109,15 +108,15 @@ class MultiCropSettings:
     kind: Literal["multi_crop"] = "multi_crop"
     """Name of the view."""
     global_scale: list[float] = field(default_factory=lambda: [0.25, 1.0])
-    """Smallest and largest fraction of the area in a global crop, which has the size encoder.image_size; above 1, crops
-    may reach beyond the image, which then lies somewhere on black.
+    """Smallest and largest fraction of the image's area in a global crop, which is resized to encoder.image_size; above
+    1, crops may extend beyond the image, and the area outside is black.
     """
     local_crops: int = 8
     """Number of local crops."""
     local_size: int = 96
     """Side of a local crop in pixels."""
     local_scale: list[float] = field(default_factory=lambda: [0.05, 0.25])
-    """Smallest and largest fraction of the area in a local crop."""
+    """Smallest and largest fraction of the image's area in a local crop."""
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     """Smallest and largest aspect ratio, width over height."""
     flip: float = 0.5
@@ -133,7 +132,7 @@ class MultiCropSettings:
     hue: float = 0.1
     """Largest shift of the hue, as a fraction of the color circle."""
     gray: float = 0.2
-    """Probability of a conversion to gray."""
+    """Probability of conversion to grayscale."""
     blur: list[float] = field(default_factory=lambda: [1.0, 0.1, 0.5])
     """Probabilities of Gaussian blur in the first global crop, the second, and local crops."""
     blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])
@@ -165,7 +164,7 @@ class MultiCropSettings:
 @dataclass
 @checked("data.view.")
 class AugmentSettings:
-    """A random part of the image, changed by RandAugment (Cubuk et al. 2020): the view of training with labels.
+    """A random part of the image, augmented by RandAugment (Cubuk et al. 2020): the view of supervised training.
 
     The defaults are MAE's fine-tuning: timm's rand-m9-mstd0.5-inc1.
     """
@@ -200,20 +199,20 @@ class AugmentSettings:
 @dataclass
 @checked("data.view.")
 class TransformSettings:
-    """Views that a function of your own makes, which only Python can give: sslvit.pretrain(..., transform=FUNCTION).
+    """Views made by your own function, given from Python: sslvit.pretrain(..., transform=FUNCTION).
 
-    MAE and iGPT take one view of the encoder's size; DINO takes two of it, which are the global ones, then any number
-    of local ones.
+    MAE and iGPT need one view of the encoder's size. DINO needs two views of that size, the global ones, followed by
+    any number of local ones.
     """
 
     kind: Literal["transform"] = "transform"
     """Name of the view."""
     function: str = ""
-    """The function in words."""
+    """Description of the function."""
     sizes: list[list[int]] = field(default_factory=list)
-    """Height and width of each view, as the function's first call gave them."""
+    """Height and width of each view in the function's first call."""
     digest: str | None = None
-    """Digest of the views of that call, by which a resume tells another function."""
+    """Digest of the views of that call, by which a resume detects a different function."""
 
 
 ViewSettings = (
