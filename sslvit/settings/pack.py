@@ -21,7 +21,7 @@ class PackSettings:
     resize: int | None = None
     """Length in pixels to which the shorter side of larger images is resized; null for no resizing."""
     encode: Literal["keep", "jpg", "png", "webp"] = "keep"
-    """Format in which images are encoded; keep stores each in its own format."""
+    """Format in which images are encoded; keep does not change it."""
     quality: int = 92
     """Quality of encoded jpg and webp images."""
     orientation: Literal["upright", "stored"] = "upright"
@@ -86,7 +86,7 @@ class IndexOptions:
     """Options for indexing shards written by other tools."""
 
     labels: Annotated[str | None, Arg("FIELD", is_path=False)] = None
-    """Field with the class number or name of an image; null for cls, or for txt if it holds few different names."""
+    """Field with the class number or name of an image; null for cls, or txt if it holds few different names."""
     image: Annotated[str | None, Arg("FIELD", is_path=False)] = None
     """Field with the image, such as left.jpg, where a key has several."""
     orientation: Literal["upright", "stored"] | None = None
