@@ -57,7 +57,7 @@ class Prefetcher:
         """Make the current stream wait for the copy, and keep the memory until that stream is done with it."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(arrived)
-        batch.views[0].record_stream(current)  # all tensors of a batch share one block of memory
+        batch.views[0].record_stream(current)  # all of a batch lies in one piece of memory
         return batch
 
 

@@ -46,7 +46,7 @@ def find_labels(source: Samples, examples: Mapping[int, Any], reads_samples: boo
         found, names = listed_labels(source.dataset)
     told = {item: label for item, label in examples.items() if label is not None}
     if found is not None and any(plain(found[item]) != plain(label) for item, label in told.items()):
-        found = None  # the samples contradict the list
+        found = None  # the samples say something else
     if found is None and reads_samples and told:
         found = read_labels(source)
     if found is None:

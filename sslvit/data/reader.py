@@ -174,7 +174,7 @@ class ShardReader:
         workers = None if len(self.index) >= 4 * CHUNK_IMAGES else 1  # starting processes takes longer
         for unreadable in in_parallel(decode_chunk, chunks, workers, "decoding", len(self.index)):
             self.unreadable |= unreadable
-        self.close()  # all images are in memory now
+        self.close()  # everything is in memory
         return decoded
 
     def __getstate__(self) -> dict:
