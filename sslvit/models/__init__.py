@@ -1,4 +1,4 @@
-"""Plain torch.nn, shared by every task."""
+"""Models in plain torch.nn, shared by all tasks."""
 
 from sslvit.models.backbone import Backbone, Encoder, make_encoder, require_transformer
 from sslvit.models.encoder import ViTEncoder

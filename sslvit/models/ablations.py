@@ -1,7 +1,7 @@
-"""Models that are broken on purpose, to show what a part is for (docs/learn) and to test what finds it missing.
+"""Deliberately broken models, which show what a component is for (docs/learn) and test the checks that detect its loss.
 
-Each function changes a built model and returns it. No setting and no recipe makes such a model, and none of them can be
-told from its weights: do not save one under the name of a sound model.
+Each function changes a built model and returns it. No setting or recipe produces such a model, and its weights do not
+reveal the change: do not save one under the name of an intact model.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from sslvit.models.tokens import gather_tokens
 
 
 class IdentityAttention(nn.Module):
-    """Attention whose weights are the identity matrix: each token takes its own value, and nothing of the others."""
+    """Attention with the identity matrix as its weights: each token gets its own value and nothing from the others."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
         self.attention = attention
 
     def forward(self, tokens: Float[Tensor, "b t d"], layout: Any = None, kv_cache: Any = None) -> Tensor:
-        """Values and output map of the attention that it replaces."""
+        """Apply the value and output projections of the replaced attention."""
         value = self.attention.heads_of(tokens, layout)[2]
         return self.attention.proj(rearrange(value, "b heads t e -> b t (heads e)"))
 
 
 class PermutedTokens(nn.Module):
-    """A tokenizer whose tokens come in a fixed order that is not that of the patches."""
+    """A tokenizer that returns its tokens in a fixed order other than that of the patches."""
 
     order: Int[Tensor, "n"]
 
@@ -43,22 +43,22 @@ class PermutedTokens(nn.Module):
         self.register_buffer("order", torch.as_tensor(order), persistent=False)
 
     def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
-        """The tokens of the visible places, each place taken by another patch."""
+        """The tokens of the visible patches, after the permutation."""
         return gather_tokens(self.tokenizer(images)[:, self.order], visible)
 
 
 def remove_attention(encoder: ViTEncoder) -> ViTEncoder:
-    """Replace every block's attention by the identity, so that no token learns of another; returns the encoder."""
+    """Replace every block's attention by the identity, so that tokens cannot interact; returns the encoder."""
     for number in range(1, len(encoder.blocks) + 1):
         encoder.block(number).attn = IdentityAttention(encoder.block(number).attn)  # type: ignore[assignment]
     return encoder
 
 
 def permute_patches(encoder: ViTEncoder, order: Sequence[int]) -> ViTEncoder:
-    """Let patch order[i] take place i, before positions are added; returns the encoder.
+    """Move patch order[i] to position i, before positions are added; returns the encoder.
 
     Raises:
-        ValueError: The order does not name every patch of the encoder's own grid once.
+        ValueError: The order is not a permutation of the patches of the encoder's grid.
     """
     rows, columns = encoder.settings.grid
     if sorted(int(number) for number in order) != list(range(rows * columns)):
@@ -68,9 +68,9 @@ def permute_patches(encoder: ViTEncoder, order: Sequence[int]) -> ViTEncoder:
 
 
 def remove_shift(model: IGPTModel) -> IGPTModel:
-    """Let each position of an autoregressive model see the very pixel that it predicts; returns the model.
+    """Let each position of an autoregressive model see the pixel that it predicts; returns the model.
 
-    Its loss falls to zero, since the answer stands in the input, and what it samples is nonsense.
+    Its loss falls to zero, since the input contains the answer, and its samples are nonsense.
     """
     model.encoder.pixel_tokens.shifted = False
     return model

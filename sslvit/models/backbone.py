@@ -1,6 +1,6 @@
-"""A network in the place of the vision transformer: images -> one vector each, and feature maps stage by stage.
+"""A network in place of the vision transformer: images -> one vector each, and feature maps of its stages.
 
-It is one of torchvision's or timm's, built by its name without its classifier, or a module from Python.
+It is a torchvision or timm model, built by name without its classifier, or a module from Python.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ POOL = "For feature maps: torch.nn.Sequential(module, torch.nn.AdaptiveAvgPool2d
 
 
 class Backbone(nn.Module):
-    """A network that gives one vector per image.
+    """A network that maps each image to one vector.
 
     Args:
         net: The network, without a classifier.
-        settings: How it sees images, and its name; None for a module from Python that sees 224 x 224 pixels,
-            normalized as ImageNet's.
+        settings: Its input and its name; None for a module from Python with 224 x 224 pixels as input, normalized as
+            for ImageNet.
 
     Attributes:
         width: Length of the vectors.
-        stages: Names of the modules whose feature maps are its layers, from the input on; empty where none are known.
+        stages: Names of the modules with the feature maps that count as layers, from input to output; empty if unknown.
 
     Raises:
-        ValueError: It takes no images of this size, gives something else than one vector each, or has no name.
+        ValueError: It fails on images of this size, does not return one vector per image, or has no name.
 
     Example:
         cnn = sslvit.Backbone(module, sslvit.EncoderSettings(backbone="own", image_size=32))
@@ -61,21 +61,21 @@ class Backbone(nn.Module):
         return self.net(images)
 
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        """As `forward`, by the name that a ViTEncoder has for it."""
+        """The same as `forward`, under the method name of ViTEncoder."""
         return self(images)
 
     def maps(
         self, images: Float[Tensor, "b c h w"], numbers: Sequence[int]
     ) -> tuple[Float[Tensor, "b d"], dict[int, Tensor]]:
-        """The vectors, and the feature maps 'b c h w' of some stages, counted from 1, in one pass.
+        """The vectors, and the feature maps 'b c h w' of some stages, counted from 1, in one forward pass.
 
         Raises:
-            ValueError: A stage gives something else than feature maps.
+            ValueError: The output of a stage is not a feature map.
         """
         found: dict[int, Tensor] = {}
 
         def keep(number: int) -> Any:
-            return lambda module, inputs, output: found.update({number: output.clone()})  # the next may write over it
+            return lambda module, inputs, output: found.update({number: output.clone()})  # later layers may be in-place
 
         hooks = [self.net.get_submodule(self.stages[one - 1]).register_forward_hook(keep(one)) for one in numbers]
         try:
@@ -94,20 +94,20 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def measure_width(self, size: Sequence[int] | None = None) -> int:
-        """The length of the vectors, from a pass over one black image.
+        """The length of the vectors, from a forward pass on one image of zeros.
 
         Args:
             size: Height and width; None for those of the settings.
 
         Raises:
-            ValueError: It takes no such images, or gives something else than one vector each.
+            ValueError: It fails on such images, or does not return one vector per image.
         """
         height, width = size or self.settings.size
         like = next(self.parameters(), torch.zeros(()))
         try:
             with evaluating(self):
                 found = self.net(like.new_zeros(1, self.settings.channels, height, width))
-        except Exception as error:  # a network of anybody's may raise anything
+        except Exception as error:  # a third-party network may raise anything
             reason = printable(str(error).splitlines()[0], 120) if str(error) else type(error).__name__
             raise ValueError(
                 f"encoder.image_size: {self.name} takes no {self.settings.channels} x {height} x {width} "
@@ -120,7 +120,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def answer(self) -> Float[Tensor, "1 d"]:
-        """What it gives, in evaluation mode, for one image with every color: its fingerprint beside the weights."""
+        """The output in evaluation mode for one fixed image; saved with the weights as a fingerprint of the code."""
         like, shape = next(self.parameters(), torch.zeros(())), (1, self.settings.channels, *self.settings.size)
         image = torch.linspace(-2, 2, math.prod(shape)).view(shape).to(like)
         with evaluating(self):
@@ -128,13 +128,13 @@ class Backbone(nn.Module):
 
     @property
     def name(self) -> str:
-        """What it is, for a reader."""
+        """A readable name for messages."""
         is_from_python = self.settings.backbone == OWN
         return f"{type(self.net).__name__} from Python" if is_from_python else str(self.settings.backbone)
 
     @property
     def has_twin(self) -> bool:
-        """Whether an untrained network of this architecture can be made."""
+        """Whether this architecture can be rebuilt with random weights."""
         return self.settings.backbone != OWN or all(
             hasattr(module, "reset_parameters")
             for module in self.modules()
@@ -142,7 +142,7 @@ class Backbone(nn.Module):
         )
 
     def untrained(self) -> Backbone:
-        """A network of this architecture with random weights; those of a module from Python as torch begins."""
+        """The same architecture with random weights; modules from Python are reset by their `reset_parameters`."""
         if self.settings.backbone != OWN:
             return Backbone(make_network(self.settings), self.settings)
         twin = copy.deepcopy(self)
@@ -155,7 +155,7 @@ class Backbone(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """All parts in evaluation mode; afterwards each as before."""
+    """Put all submodules into evaluation mode; afterwards, restore the mode of each."""
     was_training = {submodule: submodule.training for submodule in module.modules()}
     module.eval()
     try:
@@ -169,21 +169,21 @@ Encoder = ViTEncoder | Backbone
 
 
 def make_encoder(settings: EncoderSettings) -> Encoder:
-    """The network that settings describe, with random weights."""
+    """Build the network described by the settings, with random weights."""
     if settings.backbone is None:
         return ViTEncoder(settings)
     return Backbone(make_network(settings), settings)
 
 
 def pooled(encoder: Encoder, images: Float[Tensor, "b c h w"], path_noise: Tensor | None = None) -> Tensor:
-    """One vector per image 'b d', as training sees it."""
+    """One vector per image, 'b d', as used in training."""
     if isinstance(encoder, Backbone):
         return encoder(images)
     return encoder.pool(encoder(images, path_noise=path_noise))
 
 
 def require_transformer(encoder: Encoder, what: str) -> ViTEncoder:
-    """The encoder itself; ValueError, which names what was asked for, where it is no vision transformer."""
+    """Return the encoder if it is a vision transformer, else raise a ValueError that names the requested feature."""
     if isinstance(encoder, Backbone):
         raise ValueError(f"{what}: takes a vision transformer of sslvit, and this is {encoder.name}.")
     return encoder

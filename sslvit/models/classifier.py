@@ -1,4 +1,4 @@
-"""An encoder and a linear head on its pooled tokens: what fine-tuning trains (He et al. 2022, appendix A.1)."""
+"""An encoder with a linear head on its pooled tokens, for fine-tuning (He et al. 2022, appendix A.1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEAD_STD = 2e-5
 
 
 class ClassifierLoss(NamedTuple):
-    """What one pass of a Classifier computes.
+    """The result of one forward pass of a Classifier.
 
     Attributes:
         loss: Cross-entropy in nats.
@@ -30,7 +30,7 @@ class Classifier(nn.Module):
     """An encoder with a linear head.
 
     Args:
-        encoder: The encoder's architecture and input; its `pooling` and `fc_norm` make the head's input.
+        encoder: The encoder's architecture and input; `pooling` and `fc_norm` determine the head's input.
         classes: Number of classes.
     """
 
@@ -53,9 +53,9 @@ class Classifier(nn.Module):
 
         Args:
             images: Normalized pixels.
-            target: Probabilities of the classes; after mixup or CutMix those of two images.
-            smoothing: Probability that is spread evenly over all classes.
-            path_noise: Uniform numbers for stochastic depth, 'branches b'.
+            target: Probabilities of the classes; after mixup or CutMix, a mixture of two labels.
+            smoothing: Probability mass that is spread evenly over all classes.
+            path_noise: Uniform random numbers for stochastic depth, 'branches b'.
         """
         features = pooled(self.encoder, images, path_noise)  # b d
         return ClassifierLoss(F.cross_entropy(self.head(features).float(), target, label_smoothing=smoothing), features)

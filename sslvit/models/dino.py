@@ -1,9 +1,9 @@
 """DINO: "Emerging Properties in Self-Supervised Vision Transformers" (Caron et al. 2021), section 3.
 
-A student network names every crop of an image, the teacher the two large ones, by probabilities of K prototypes; the
-student learns to say of each crop what the teacher says of the other ones. The teacher is a moving average of the
-student. Two forces keep it from saying the same of every image: its outputs are centered (no prototype wins
-everywhere) and sharpened (not all prototypes win equally).
+A student assigns every crop of an image to K prototypes by probabilities, a teacher only the two large crops; the
+student learns to match, for each crop, the teacher's probabilities for the other ones. The teacher is a moving average
+of the student. Two operations prevent collapse to the same output for every image: the teacher's outputs are centered
+(so that no prototype dominates) and sharpened (so that they do not become uniform).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GLOBAL_VIEWS = 2
 
 
 class Prototypes(nn.Module):
-    """A linear map without bias whose rows have a direction and a length of their own (weight normalization)."""
+    """A weight-normalized linear layer without bias: each row has a direction and a separate length."""
 
     def __init__(self, width: int, count: int, unit_length: bool) -> None:
         super().__init__()
@@ -35,12 +35,12 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(width, count, bias=False).weight.detach())
 
     def forward(self, x: Float[Tensor, "b bottleneck"]) -> Float[Tensor, "b k"]:
-        """Cosine of each vector and each direction, times the direction's length."""
+        """Dot product of each vector and each unit direction, times the length of the row."""
         return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
 
 
 class DINOHead(nn.Module):
-    """MLP, a bottleneck of length one, and the prototypes (section 3.1, "Network architecture"; appendix C).
+    """An MLP, an L2-normalized bottleneck, and the prototypes (section 3.1, "Network architecture"; appendix C).
 
     Args:
         width: Channels of an encoder token.
@@ -64,25 +64,25 @@ class DINOHead(nn.Module):
         self.last_layer = Prototypes(settings.bottleneck, settings.out_dim, settings.norm_last_layer)
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
-        """Cosine of each image and each prototype (times the prototype's length), at least in float32."""
+        """Cosine of each image and each prototype (times the prototype's length), in at least float32."""
         projected = self.mlp(features)
-        # float32: in bf16 a cosine is known to 1 part in 256, which a temperature of 0.04 makes a tenth of a logit
+        # float32: bf16 rounds a cosine to 1 part in 256, a tenth of a logit at a temperature of 0.04
         with torch.autocast(features.device.type, enabled=False):
             return self.last_layer(F.normalize(at_least_float32(projected), dim=1))
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """In float32, or float64 where they are so already."""
+    """Cast to float32, unless the values are float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def embed_views(encoder: Encoder, views: list[Tensor], path_noise: Tensor | None = None) -> Float[Tensor, "v b d"]:
-    """One vector per image and view; neighboring views of one size share a forward pass (section 3.1, "multi-crop").
+    """One vector per image and view; adjacent views of the same size share a forward pass (section 3.1, "multi-crop").
 
     Args:
         encoder: student or teacher.
         views: each 'b c h w'.
-        path_noise: for stochastic depth, 'branches (v b)'.
+        path_noise: uniform random numbers for stochastic depth, 'branches (v b)'.
     """
     b = len(views[0])
     features = []
@@ -93,7 +93,7 @@ def embed_views(encoder: Encoder, views: list[Tensor], path_noise: Tensor | None
 
 
 def runs_of_one_size(views: list[Tensor]) -> list[tuple[int, int]]:
-    """Where neighboring views have one shape: (first, one after the last) of each run."""
+    """Runs of adjacent views with the same shape, as (first, one after the last)."""
     starts = [i for i, view in enumerate(views) if not i or view.shape != views[i - 1].shape]
     return list(zip(starts, [*starts[1:], len(views)], strict=True))
 
@@ -108,10 +108,10 @@ def center_and_sharpen(
 def sinkhorn_knopp(
     outputs: Float[Tensor, "v b k"], temperature: float | Tensor, iterations: int
 ) -> Float[Tensor, "v b k"]:
-    """Shares of which each prototype gets equally much over the batch of all ranks.
+    """Probabilities that use each prototype equally over the global batch.
 
-    Sinkhorn-Knopp as in SwAV (Caron et al. 2020, section 3.1) and DINOv2 (Oquab et al. 2024, section 4), on
-    logarithms: a prototype that no image likes would otherwise divide zero by zero.
+    Sinkhorn-Knopp as in SwAV (Caron et al. 2020, section 3.1) and DINOv2 (Oquab et al. 2024, section 4), in log space:
+    a prototype with no probability on any image would otherwise lead to zero divided by zero.
     """
     log_probs = rearrange(outputs, "v b k -> (v b) k") / temperature
     images, prototypes = log_probs.shape[0] * world_size(), log_probs.shape[1]
@@ -122,19 +122,17 @@ def sinkhorn_knopp(
 
 
 def dino_loss(targets: Float[Tensor, "t b k"], logits: Float[Tensor, "s b k"]) -> Float[Tensor, ""]:
-    """Mean over images and over all pairs of two different views: one named by the teacher, one by the student.
-
-    Equation 3.
+    """Cross-entropy between teacher and student, averaged over images and all pairs of different views (equation 3).
 
     Args:
         targets: The teacher's probabilities for the first t views.
-        logits: the student's, over its temperature.
+        logits: the student's logits, divided by its temperature.
     """
     t, s, b = len(targets), len(logits), targets.shape[1]
-    # float32 also under autocast: a bf16 softmax over 65,536 prototypes loses its tail
+    # float32 even under autocast: a bf16 softmax over 65,536 prototypes loses its tail
     with torch.autocast(logits.device.type, enabled=False):
-        # -sum of p log softmax(z) is logsumexp(z) - sum of p z, as p sums to one; a sum over pairs of products is a
-        # product of sums, so neither a logarithm of every probability nor a pair is ever made
+        # -sum(p log softmax(z)) = logsumexp(z) - sum(p z), as p sums to one. A sum of products over all pairs is a
+        # product of sums, so neither log-probabilities nor pairs need to be materialized.
         logits = at_least_float32(logits)
         normalizers = logits.logsumexp(-1)  # s b
         agreement = (targets.sum(0) * logits.sum(0)).sum() - (targets * logits[:t]).sum()  # over all other views
@@ -142,9 +140,9 @@ def dino_loss(targets: Float[Tensor, "t b k"], logits: Float[Tensor, "s b k"]) -
 
 
 def koleo_loss(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-    """Minus the mean logarithm of each image's distance to its nearest neighbor in the batch, on the unit sphere.
+    """Negative mean log distance of each image to its nearest neighbor in the batch, on the unit sphere.
 
-    Kozachenko-Leonenko's estimate of entropy (Sablayrolles et al. 2019, section 3.3; DINOv2, section 4).
+    Based on the Kozachenko-Leonenko entropy estimator (Sablayrolles et al. 2019, section 3.3; DINOv2, section 4).
     """
     with torch.autocast(features.device.type, enabled=False):
         directions = F.normalize(at_least_float32(features), dim=1, eps=1e-8)
@@ -156,11 +154,11 @@ def koleo_loss(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
 
 
 class DINOLosses(NamedTuple):
-    """What one pass of a DINOModel computes.
+    """The result of one forward pass of a DINOModel.
 
     Attributes:
         loss: Cross-entropy over all pairs of different views (equation 3).
-        koleo: KoLeo summed over the student's global views, unweighted; None where it is not wanted.
+        koleo: KoLeo loss summed over the student's global views, unweighted; None if it is not used.
         features: The teacher's features of the first global view, 'b d'.
         probs: The teacher's probabilities of that view, 'b k'.
     """
@@ -175,11 +173,11 @@ class DINOModel(nn.Module):
     """A student and its teacher, each an encoder with a head, and the center of the teacher's outputs (figure 2).
 
     Args:
-        settings: Heads, temperatures and centering; no key may be null (`DINOSettings.fitted`).
+        settings: Heads, temperatures and centering; no key may be null (see `DINOSettings.fitted`).
         encoder: The encoder's architecture and input.
 
     Raises:
-        ValueError: An encoder that is tied to one size, or settings that are still null.
+        ValueError: An encoder for one image size only, or settings that are still null.
     """
 
     center: Tensor
@@ -202,21 +200,21 @@ class DINOModel(nn.Module):
         self.teacher_head = DINOHead(self.encoder.width, settings)
         self.register_buffer("center", torch.zeros(self.head.last_layer.count))
         self.register_buffer("output_sum", torch.zeros(self.head.last_layer.count), persistent=False)
-        self.register_buffer("output_rows", torch.zeros(()), persistent=False)  # that were added up
-        self.teacher.load_state_dict(self.encoder.state_dict())  # it begins as a copy of the student
+        self.register_buffer("output_rows", torch.zeros(()), persistent=False)  # number of summed outputs
+        self.teacher.load_state_dict(self.encoder.state_dict())  # the teacher starts as a copy of the student
         self.teacher_head.load_state_dict(self.head.state_dict())
         self.teacher.requires_grad_(False)
         self.teacher_head.requires_grad_(False)
 
     def loss(self, views: list[Tensor], teacher_temp: float | Tensor, path_noise: Tensor | None = None) -> DINOLosses:
-        """The student's error in naming each view as the teacher names the other ones.
+        """The student's cross-entropy for each view with the teacher's probabilities for the other views as targets.
 
-        In training mode the teacher's outputs are added up for the next `update_center`.
+        In training mode, the teacher's outputs are summed up for the next `update_center`.
 
         Args:
             views: Each 'b c h w', the two global ones first.
             teacher_temp: Temperature of the teacher's softmax at this step.
-            path_noise: Uniform numbers for the student's stochastic depth, 'branches (v b)'.
+            path_noise: Uniform random numbers for the student's stochastic depth, 'branches (v b)'.
         """
         with torch.no_grad():
             teacher_features = embed_views(self.teacher, views[:GLOBAL_VIEWS])  # 2 b d
@@ -230,7 +228,7 @@ class DINOModel(nn.Module):
         return DINOLosses(loss, koleo, teacher_features[0], targets[0])
 
     def targets(self, outputs: Float[Tensor, "v b k"], teacher_temp: float | Tensor) -> Float[Tensor, "v b k"]:
-        """The teacher's probabilities under the center of earlier steps."""
+        """The teacher's probabilities, with the center from earlier steps."""
         if self.settings.centering == "sinkhorn":
             return sinkhorn_knopp(outputs, teacher_temp, self.settings.sinkhorn_iterations)
         if self.training:
@@ -243,7 +241,7 @@ class DINOModel(nn.Module):
         """Move the center toward the mean output of all micro-batches and ranks since the last update (equation 4).
 
         Args:
-            skip: 1 where the center shall stay as it is, else 0; a number on the device.
+            skip: 1 to leave the center unchanged, else 0; a tensor on the device.
         """
         if self.settings.centering == "sinkhorn":
             return
@@ -255,5 +253,5 @@ class DINOModel(nn.Module):
 
 
 def apply_head(head: DINOHead, features: Float[Tensor, "v b d"]) -> Float[Tensor, "v b k"]:
-    """The head's outputs of all views at once."""
+    """Apply the head to all views at once."""
     return rearrange(head(rearrange(features, "v b d -> (v b) d")), "(v b) k -> v b k", v=len(features))

@@ -1,9 +1,9 @@
-"""The one encoder that every task trains, every probe scores and every export ships.
+"""The encoder that every task trains, every probe evaluates and every exporter writes.
 
     images -> tokens -> positions -> prefix tokens -> blocks -> norm
 
-What differs between tasks comes in as an argument (which patches are visible, which are hidden) or as a saved
-property (causal, the tokenizer), so there is no branch on the task.
+Differences between tasks are arguments (which patches are visible, which are hidden) or settings saved with the
+weights (causal, the tokenizer), so the code never branches on the task.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from sslvit.settings.encoder import ROTARY
 
 @dataclass
 class Intermediate:
-    """What one block of an encoder gives.
+    """The output of one block of an encoder.
 
     Args:
         number: the block, counted from 1; 0 stands for the input of the first block.
         tokens: prefix tokens, then patches row by row.
-        layout: where the tokens lie.
-        attention: row i says how much token i takes from each token; None where it was not asked for.
+        layout: the positions of the tokens.
+        attention: attention weights, row i those of query token i; None unless requested.
     """
 
     number: int
@@ -51,17 +51,17 @@ class Intermediate:
     attention: Float[Tensor, "b heads t t"] | None = None
 
     def patch_map(self) -> Float[Tensor, "b d rows columns"]:
-        """The patches' tokens on their grid."""
+        """The patch tokens on their grid."""
         rows, columns = self.layout.grid
         patches = self.tokens[:, self.layout.prefix :]
         return rearrange(patches, "b (rows columns) d -> b d rows columns", rows=rows, columns=columns)
 
 
 class ViTEncoder(nn.Module):
-    """A vision transformer. Parameter names follow timm's where timm has the part.
+    """A vision transformer. Parameters have timm's names for all modules that timm has.
 
     Args:
-        settings: what it is; see EncoderSettings.
+        settings: the architecture and the input; see EncoderSettings.
     """
 
     drop_rates: Float[Tensor, "branches 1"]
@@ -75,7 +75,7 @@ class ViTEncoder(nn.Module):
             )
         self.settings = settings
         self.prefix = settings.prefix
-        self.position_grid = settings.grid  # of the position table, also in a copy that sees images of another size
+        self.position_grid = settings.grid  # of the position table, even in a copy for images of another size
         width = self.width = settings.width
         self.patch_embed = make_tokenizer(settings)
         if settings.class_token:
@@ -88,7 +88,7 @@ class ViTEncoder(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
         self.norm_pre = make_norm(settings, width) if settings.pre_norm else nn.Identity()
         rates = [settings.drop_path * i / max(settings.depth - 1, 1) for i in range(settings.depth)]
-        rates[-1] = settings.drop_path  # also where the first block is the last
+        rates[-1] = settings.drop_path  # even with a single block
         self.blocks = nn.ModuleList(Block(settings, rate) for rate in rates)
         self.register_buffer("drop_rates", torch.tensor(rates).repeat_interleave(2)[:, None], persistent=False)
         self.norm = make_norm(settings, width) if settings.final_norm else nn.Identity()
@@ -108,14 +108,15 @@ class ViTEncoder(nn.Module):
         """Tokens after the final norm: prefix tokens, then patches row by row (or as `visible` lists them).
 
         Args:
-            images: RGB (or as many channels as settings.channels), normalized by settings.mean and std. Any size
-                that the patch divides; positions are interpolated to it.
+            images: RGB, or settings.channels channels, normalized by settings.mean and std. The sides may be any
+                multiples of the patch size; positions are interpolated.
             visible: patch indices from zero; only these patches are embedded and encoded (MAE).
-            hidden: True where a patch is replaced by the mask token, before positions (DINOv2, SimMIM).
-            path_noise: uniform numbers for stochastic depth, two rows per block; drawn here when None.
+            hidden: True where the mask token replaces a patch, before positions are added (DINOv2, SimMIM).
+            path_noise: uniform random numbers for stochastic depth, two rows per block; drawn here if None.
 
         Raises:
-            ValueError: a size that the patch does not divide, other channels, or `hidden` without a mask token.
+            ValueError: a size that is no multiple of the patch size, a wrong number of channels, or `hidden` without a
+                mask token.
         """
         tokens, layout = self.embed(images, visible, hidden)
         path_scale = self._path_scale(tokens, path_noise)
@@ -127,7 +128,7 @@ class ViTEncoder(nn.Module):
         """Empty caches of keys and values for `decode`, one per block.
 
         Raises:
-            ValueError: the encoder is no causal pixel encoder, so later pixels change what earlier ones mean.
+            ValueError: not a causal pixel encoder, so earlier tokens depend on later pixels.
         """
         settings = self.settings
         if not settings.causal or settings.tokens != "pixel":
@@ -139,17 +140,17 @@ class ViTEncoder(nn.Module):
         return [KVCache(batch, length, settings, self.pixel_tokens.embed.weight) for _ in self.blocks]
 
     def decode(self, indices: Int[Tensor, "b k"], kv_caches: list[KVCache]) -> Float[Tensor, "b t d"]:
-        """Tokens after the final norm at the next positions: what `forward` gives there.
+        """Tokens after the final norm at the next positions, equal to those of `forward`.
 
-        Position i takes pixel i - 1 as its input. The first call also gives position 0, whose input is the start
-        token, so it may have no pixels; the last pixel of an image is the input of no position.
+        The input at position i is pixel i - 1. The first call also returns position 0, where the input is the start
+        token, so it may have no pixels. The last pixel of an image is never an input.
 
         Args:
             indices: palette indices of the next k pixels.
-            kv_caches: from `init_kv_cache`; these positions are appended to them.
+            kv_caches: from `init_kv_cache`; the new positions are appended to them.
 
         Raises:
-            ValueError: another number of images than the caches are for, or more pixels than there are positions.
+            ValueError: the caches are for another number of images, or there are more pixels than positions.
         """
         start = kv_caches[0].length
         tokens = self.pixel_tokens.embed(indices) if start else self.pixel_tokens.begin(indices)
@@ -175,13 +176,13 @@ class ViTEncoder(nn.Module):
     def intermediates(
         self, images: Float[Tensor, "b c h w"], blocks: Collection[int], norm: bool = False, attention: bool = False
     ) -> Iterator[Intermediate]:
-        """What the given blocks give, in the order of their depth, each computed when it is asked for.
+        """Yield the outputs of the given blocks in order of depth, each computed on demand.
 
         Args:
             images: as for `forward`.
             blocks: numbers of blocks, counted from 1; 0 stands for the input of the first block.
             norm: normalize tokens as this encoder's features are normalized (settings.feature_norm).
-            attention: also give the block's attention weights, by the slow path that gives the same output.
+            attention: also compute the block's attention weights, which takes a slower path; the output is the same.
 
         Raises:
             ValueError: a block that does not exist, or the norm or attention of block 0.
@@ -204,25 +205,25 @@ class ViTEncoder(nn.Module):
                 yield Intermediate(number, self._feature_norm(number)(tokens) if norm else tokens, layout, weights)
 
     def layers(self, images: Float[Tensor, "b c h w"], numbers: list[int]) -> list[Float[Tensor, "b t d"]]:
-        """Outputs of the given blocks, counted from 1, not normalized; 0 is the input of the first block."""
+        """Outputs of the given blocks, counted from 1, without normalization; 0 is the input of the first block."""
         found = {block.number: block.tokens for block in self.intermediates(images, numbers)}
         return [found[number] for number in numbers]
 
     def features(
         self, images: Float[Tensor, "b c h w"], layer: int | None = None, pooling: str | None = None
     ) -> Float[Tensor, "b d"]:
-        """One vector per image, at the layer and pooling that this encoder is probed with unless others are given."""
+        """One vector per image, by default from the layer and with the pooling of this encoder's settings."""
         layer = self.settings.probed_layer if layer is None else layer
         (block,) = self.intermediates(images, [layer], norm=True)
         return self.pool(block.tokens, pooling)
 
     def _feature_norm(self, number: int) -> nn.Module:
-        """What normalizes a block's output before it is probed."""
+        """The norm that is applied to a block's output before it is probed."""
         is_next = self.settings.feature_norm == "next" and number < len(self.blocks)
         return self.block(number + 1).norm1 if is_next else self.norm
 
     def pool(self, tokens: Float[Tensor, "b t d"], pooling: str | None = None) -> Float[Tensor, "b d"]:
-        """One vector per image: the tokens' mean, class token or attention pool; settings.pooling for None."""
+        """Pool tokens to one vector per image: mean, class token or attention pool; settings.pooling if None."""
         pooling = pooling or self.settings.pooling
         if pooling == "attention":
             if self.attn_pool is None:
@@ -233,7 +234,7 @@ class ViTEncoder(nn.Module):
                 raise ValueError("pooling: class, but this encoder has no class token. Use mean or attention.")
             pooled = tokens[:, 0]
         elif pooling == "mean":
-            pooled = tokens[:, self.prefix :].mean(1)  # over the patches: class and register tokens are left out
+            pooled = tokens[:, self.prefix :].mean(1)  # over the patches, without class and register tokens
         else:
             raise ValueError(f"pooling: '{pooling}' is not one of class, mean, attention.")
         return self.fc_norm(pooled)
@@ -248,7 +249,7 @@ class ViTEncoder(nn.Module):
         visible: Int[Tensor, "b k"] | None = None,
         hidden: Bool[Tensor, "b n"] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], TokenLayout]:
-        """The first block's input, and where its tokens lie."""
+        """The first block's input, and the positions of its tokens."""
         if images.shape[1] != self.settings.channels:
             raise ValueError(
                 f"images have {images.shape[1]} channels, this encoder takes {self.settings.channels} "
@@ -259,7 +260,7 @@ class ViTEncoder(nn.Module):
             raise ValueError("visible: a causal encoder reads every patch in order. Pass no `visible`.")
         if hidden is not None and self.settings.causal and self.settings.tokens == "pixel":
             raise ValueError("hidden: a causal pixel sequence is shifted by one position. Set encoder.causal to false.")
-        # under autocast the residual stream keeps the images' precision, whatever the positions
+        # under autocast, the residual stream keeps the images' precision with every kind of positions
         tokens = self.patch_embed(images, visible).to(images.dtype)  # b k d
         if hidden is not None:
             if not self.settings.mask_token:
@@ -293,7 +294,7 @@ class ViTEncoder(nn.Module):
             self.register_buffer("pos_embed", sincos_table(table, rows))
 
     def position_table(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
-        """Rows for the prefix tokens and for the patches of a grid; None where positions are not a table."""
+        """Position embeddings of the prefix tokens and of a grid of patches; None if there is no table."""
         settings = self.settings
         if settings.has_fixed_size and grid != self.position_grid:
             raise ValueError(
@@ -316,7 +317,7 @@ class ViTEncoder(nn.Module):
 
         def with_prefix(table: Tensor, still: float) -> Tensor:
             rows = table[None] if visible is None else gather_tokens(table[None].expand(len(visible), -1, -1), visible)
-            prefix = rows.new_full((rows.shape[0], self.prefix, rows.shape[2]), still)  # prefix tokens do not turn
+            prefix = rows.new_full((rows.shape[0], self.prefix, rows.shape[2]), still)  # prefix tokens are not rotated
             return torch.cat([prefix, rows], 1)[:, None]
 
         if self.settings.pos_embed == "rotary_2d":
@@ -339,7 +340,7 @@ class ViTEncoder(nn.Module):
 
     @property
     def pixel_tokens(self) -> PixelTokens:
-        """The tokenizer of an encoder of pixels: from colors to palette indices and back."""
+        """The tokenizer of a pixel encoder, which converts colors to palette indices and back."""
         assert isinstance(self.patch_embed, PixelTokens)
         return self.patch_embed
 
@@ -352,9 +353,9 @@ class ViTEncoder(nn.Module):
         return block
 
     def _path_scale(self, tokens: Tensor, path_noise: Tensor | None = None) -> Float[Tensor, "branches b"] | None:
-        """What each branch of each sample is multiplied with: 0 where its number is below the rate of dropping.
+        """Factors for each residual branch of each sample: 0 where its random number is below the drop rate.
 
-        The numbers are drawn here where none are given; None where no path is dropped.
+        The numbers are drawn here unless they are given. None without stochastic depth.
         """
         if not (self.training and self.settings.drop_path):
             return None
@@ -370,7 +371,7 @@ class ViTEncoder(nn.Module):
         return run_block(block, tokens, layout, scale, self.settings.activation_checkpointing)
 
     def reset_parameters(self) -> None:
-        """Maps by settings.init, zero biases in linear ones, and tokens and tables of std 0.02."""
+        """Initialize weights by settings.init, biases of linear layers with zero, tokens and tables with std 0.02."""
         start: Callable[[Tensor], object] = nn.init.xavier_uniform_ if self.settings.init == "xavier" else _small_normal
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -382,9 +383,9 @@ class ViTEncoder(nn.Module):
         if self.settings.tokens == "pixel" and self.settings.color_init == "fourier":
             self.pixel_tokens.start_from_colors()
         projection = getattr(self.patch_embed, "proj", None)
-        # 'normal' leaves it as torch makes a convolution: a fixed deviation would be too small for small patches
+        # 'normal' keeps torch's initialization of convolutions: a fixed std would be too small for small patches
         if isinstance(projection, nn.Conv2d) and self.settings.init != "normal":
-            start(projection.weight.flatten(1))  # a linear map in a convolution's shape
+            start(projection.weight.flatten(1))  # a linear layer stored as a convolution
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
         tables = ("cls_token", "reg_token", "mask_token", "pos_embed", "pos_embed_prefix", "pos_embed_row",
@@ -396,7 +397,7 @@ class ViTEncoder(nn.Module):
             self._start_scaled()
 
     def _start_scaled(self) -> None:
-        """What does not start with a deviation of 0.02 but by width and depth, as in iGPT's released code."""
+        """Initialize weights whose std is not 0.02 but depends on width and depth, as in iGPT's released code."""
         width, depth = self.settings.width, self.settings.depth
         for number in range(1, depth + 1):
             block = self.block(number)
@@ -412,6 +413,6 @@ def _small_normal(weight: Tensor) -> None:
 
 
 def to_display(images: Float[Tensor, "b c h w"], settings: EncoderSettings) -> Float[Tensor, "b c h w"]:
-    """Normalized images as pixels from 0 to 1: the inverse of how images are normalized for an encoder."""
+    """Normalized images as pixels from 0 to 1: the inverse of an encoder's normalization."""
     mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (settings.mean, settings.std))
     return (images * std + mean).clamp(0, 1)

@@ -1,7 +1,7 @@
-"""Histograms of oriented gradients (Dalal and Triggs 2005), a target of masked prediction beside pixels.
+"""Histograms of oriented gradients (Dalal and Triggs 2005), an additional target of masked prediction beside pixels.
 
-"Masked Feature Prediction for Self-Supervised Visual Pre-Training" (Wei et al. 2022), section 3.2, predicts them in the
-place of pixels: what they keep of a patch is where its edges point, whatever the contrast.
+"Masked Feature Prediction for Self-Supervised Visual Pre-Training" (Wei et al. 2022), section 3.2, predicts them
+instead of pixels: they describe the orientation of a patch's edges, independent of contrast.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-BINS = 9  # directions of an edge, from 0 up to pi
-FLAT = 1e-2  # length of a histogram, in normalized pixel values, below which its directions are noise
+BINS = 9  # orientations from 0 to pi
+FLAT = 1e-2  # norm of a histogram, in normalized pixel values, below which its orientations are noise
 MIN_CELL = 4  # pixels
 
 
@@ -25,17 +25,17 @@ def hog_cell(patch: int) -> int:
 
 
 def hog_size(patch: int, channels: int) -> int:
-    """Numbers per patch: the bins of each cell and channel."""
+    """Length of a patch's descriptor: the bins of all cells and channels."""
     return (patch // hog_cell(patch)) ** 2 * channels * BINS
 
 
 def hog_patches(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n k"]:
-    """Histograms of the directions of each patch's gradients, patches row by row.
+    """Histograms of oriented gradients of each patch, patches row by row.
 
-    Each pixel and channel has the gradient of its central differences (at the border those of the repeated pixel) and
-    votes with the gradient's length for the two nearest directions. The histogram of a cell and channel has a length of
-    3, the root of the number of bins, so its mean square is 1, as that of normalized pixels; that of a flat cell is
-    shorter.
+    Gradients are central differences per pixel and channel (with replicated pixels at the border). Each votes for the
+    two nearest orientations, weighted by its magnitude. The histogram of a cell and channel is normalized to a norm of
+    3, the square root of the number of bins, so that its mean square is 1, like that of normalized pixels; flat cells
+    have a smaller norm.
 
     Args:
         images: Normalized pixels.

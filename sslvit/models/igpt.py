@@ -1,8 +1,8 @@
 """iGPT: "Generative Pretraining from Pixels" (Chen et al. 2020), section 2.
 
 An image is a sequence of palette colors, row by row. Autoregressive: the sequence is shifted right by a start token,
-a causal encoder reads it, and its state at place i predicts pixel i, which it has not seen. BERT: some pixels are
-hidden, and an encoder that looks both ways predicts them.
+and the output of a causal encoder at position i predicts pixel i, which it has not seen. BERT: some pixels are hidden,
+and a bidirectional encoder predicts them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def pixel_nll(
 ) -> Float[Tensor, ""]:
     """Mean negative log-likelihood of the pixels' colors, in nats per pixel.
 
-    Chen et al. 2020, section 2.1, L_AR and L_BERT divided by the number of pixels that they sum over.
+    Chen et al. 2020, section 2.1: L_AR and L_BERT, divided by the number of pixels in their sums.
 
     Args:
         logits: Logits of every color at every position.
         colors: palette index of every pixel.
-        is_counted: True where a pixel counts; None for all.
+        is_counted: True where a pixel counts toward the loss; None for all.
     """
     # float32: a bf16 softmax over 512 colors loses its tail
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -44,13 +44,14 @@ def pixel_nll(
 def random_mask(noise: Float[Tensor, "b n"], hidden: int) -> Bool[Tensor, "b n"]:
     """True for the `hidden` pixels with the lowest noise.
 
-    The paper hides each pixel with the same probability on its own; a fixed number makes every micro-batch weigh alike.
+    The paper hides each pixel independently with the same probability; a fixed number per image gives all micro-batches
+    equal weight.
     """
     return noise.argsort(dim=1, stable=True).argsort(dim=1, stable=True) < hidden
 
 
 class IGPTLoss(NamedTuple):
-    """What one pass of an IGPTModel computes.
+    """The result of one forward pass of an IGPTModel.
 
     Attributes:
         loss: Nats per predicted pixel.
@@ -64,14 +65,14 @@ class IGPTLoss(NamedTuple):
 
 
 class IGPTModel(nn.Module):
-    """An encoder of pixels and a linear map from its tokens to the palette's colors (section 2.2).
+    """An encoder of pixels and a linear layer from its tokens to the palette's colors (section 2.2).
 
     Args:
         settings: The objective.
         encoder: The encoder's architecture and input.
 
     Raises:
-        ValueError: An encoder that cannot learn the objective.
+        ValueError: An encoder that does not fit the objective.
     """
 
     def __init__(self, settings: IGPTSettings, encoder: EncoderSettings) -> None:
@@ -80,18 +81,18 @@ class IGPTModel(nn.Module):
         self.settings = settings
         self.encoder = ViTEncoder(encoder)
         self.head = nn.Linear(encoder.width, len(self.encoder.pixel_tokens.palette), bias=False)
-        nn.init.zeros_(self.head.weight)  # as in the released code: at first all colors are alike
+        nn.init.zeros_(self.head.weight)  # as in the released code: all colors are equally likely at first
 
     def loss(
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"] | None = None,
         path_noise: Tensor | None = None,
     ) -> IGPTLoss:  # fmt: skip
-        """The negative log-likelihood of the pixels that are predicted.
+        """The negative log-likelihood of the predicted pixels.
 
         Args:
             images: Normalized pixels.
-            noise: For the BERT objective one number per pixel; those with the lowest are hidden, and predicted.
-            path_noise: Uniform numbers for stochastic depth, 'branches b'.
+            noise: For the BERT objective, one random number per pixel; the pixels with the lowest are hidden.
+            path_noise: Uniform random numbers for stochastic depth, 'branches b'.
         """
         states, colors, is_hidden = self.predict(images, noise, path_noise)
         return IGPTLoss(pixel_nll(self.head(states), colors, is_hidden), states.mean(1), colors)
@@ -99,7 +100,7 @@ class IGPTModel(nn.Module):
     def predict(
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"] | None, path_noise: Tensor | None = None
     ) -> tuple[Float[Tensor, "b n d"], Int[Tensor, "b n"], Bool[Tensor, "b n"] | None]:
-        """The tokens that pixels are predicted from, the true colors, and which pixels count (None: all)."""
+        """The tokens for predicting pixels, the true colors, and which pixels count toward the loss (None: all)."""
         colors = self.encoder.pixel_tokens.quantize(images)  # b n
         is_hidden = None
         if self.settings.objective == "bert":
@@ -110,12 +111,12 @@ class IGPTModel(nn.Module):
 
 
 def num_hidden(settings: IGPTSettings, pixels: int) -> int:
-    """Pixels of an image that the BERT objective hides."""
+    """Number of pixels of an image that the BERT objective hides."""
     return round(settings.mask_ratio * pixels)
 
 
 def check_encoder(settings: IGPTSettings, encoder: EncoderSettings) -> None:
-    """Raise ValueError where the objective cannot be learned by such an encoder."""
+    """Raise ValueError for an encoder that does not fit the objective."""
     if encoder.tokens != "pixel":
         raise ValueError(
             f"iGPT predicts colors of pixels, but this encoder's tokens are {encoder.tokens}. "
@@ -144,7 +145,7 @@ def check_encoder(settings: IGPTSettings, encoder: EncoderSettings) -> None:
 def completion_rows(
     encoder: ViTEncoder, colors: Int[Tensor, "b n"], prefix_length: int, completed: list[Int[Tensor, "b n"]]
 ) -> tuple[list[str], list[np.ndarray]]:
-    """Input, completions and original, as titles and rows of images."""
+    """Titles and rows of images for input, completions and original."""
     is_seen = (torch.arange(colors.shape[1], device=colors.device) < prefix_length).expand_as(colors)
     titles = ["input", *[f"completion {number + 1}" for number in range(len(completed))], "original"]
     rows = [
@@ -158,7 +159,7 @@ def completion_rows(
 def display_colors(
     encoder: ViTEncoder, colors: Int[Tensor, "b n"], is_seen: Bool[Tensor, "b n"] | None = None
 ) -> np.ndarray:
-    """Palette indices as images 'b c h w' in [0, 1]; gray where a pixel is not seen."""
+    """Palette indices as images 'b c h w' in [0, 1]; unseen pixels are gray."""
     grid = encoder.settings.grid
     images = encoder.to_display(encoder.pixel_tokens.images_of(colors, grid))
     if is_seen is not None:

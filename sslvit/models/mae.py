@@ -1,7 +1,7 @@
 """Masked autoencoder: "Masked Autoencoders Are Scalable Vision Learners" (He et al. 2022), section 3.
 
-The encoder sees the visible patches only; a light decoder gets its tokens, with a learned mask token at every
-hidden place, and predicts the pixels of the hidden patches.
+The encoder sees only the visible patches; a lightweight decoder gets its tokens, with a learned mask token at every
+hidden position, and predicts the pixels of the hidden patches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sslvit.settings import EncoderSettings, MAESettings
 
 
 def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n pixels"]:
-    """Patches row by row, each flattened as (row, column, channel), the order of the decoder's outputs."""
+    """Cut images into patches, row by row, each flattened as (row, column, channel) like the decoder's outputs."""
     return rearrange(images, "b c (rows p) (cols q) -> b (rows cols) (p q c)", p=patch, q=patch)
 
 
@@ -34,39 +34,39 @@ def unpatchify(patches: Float[Tensor, "b n pixels"], patch: int, grid: tuple[int
 
 
 def num_visible(patches: int, mask_ratio: float) -> int:
-    """How many patches stay visible: rounded down, in the paper's code's arithmetic."""
+    """Number of visible patches, rounded down with the same arithmetic as the released code."""
     return int(patches * (1 - mask_ratio))
 
 
 def random_masking(noise: Float[Tensor, "b n"], visible: int) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
-    """The `visible` patches with the lowest noise and the hidden others, each in the order of their noise."""
+    """Indices of the `visible` patches with the lowest noise, and of the hidden ones, both in the order of noise."""
     order = noise.argsort(dim=1, stable=True)
     return order[:, :visible], order[:, visible:]
 
 
 def mask_of(hidden: Int[Tensor, "b m"], patches: int) -> Bool[Tensor, "b n"]:
-    """True for each hidden one of so many patches."""
+    """A mask over all patches, True for the hidden ones."""
     mask = torch.zeros(hidden.shape[0], patches, dtype=torch.bool, device=hidden.device)
     return mask.scatter_(1, hidden, True)
 
 
 def normalize_patches(patches: Float[Tensor, "b n pixels"]) -> Float[Tensor, "b n pixels"]:
-    """Each patch by its own mean and unbiased variance plus 1e-6 (section 3, "Reconstruction target")."""
+    """Normalize each patch by its mean and unbiased variance plus 1e-6 (section 3, "Reconstruction target")."""
     mean, variance = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
 def patch_mse(predicted: Float[Tensor, "b m pixels"], target: Float[Tensor, "b m pixels"]) -> Float[Tensor, ""]:
-    """Mean squared error of hidden patches, at least in float32 (section 3, "Reconstruction target")."""
+    """Mean squared error of hidden patches, in at least float32 (section 3, "Reconstruction target")."""
     kind = torch.promote_types(predicted.dtype, torch.float32)
     return (predicted.to(kind) - target.to(kind)).square().mean()
 
 
 class MAELoss(NamedTuple):
-    """What one pass of an MAEModel computes.
+    """The result of one forward pass of an MAEModel.
 
     Attributes:
-        loss: Mean squared error of the hidden patches; with their gradients, the weighted sum of both.
+        loss: Mean squared error of the hidden patches; with HOG targets, the weighted sum of both errors.
         features: Mean of the encoder's tokens, 'b d'.
     """
 
@@ -75,11 +75,11 @@ class MAELoss(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What the decoder says of hidden patches.
+    """The decoder's predictions for patches.
 
     Attributes:
         pixels: 'b m pixels', each patch flattened as (row, column, channel).
-        hog: Histograms of their gradients 'b m k', where MAESettings.hog_weight asks for them.
+        hog: Histograms of oriented gradients, 'b m k', if MAESettings.hog_weight is set.
     """
 
     pixels: Tensor
@@ -87,11 +87,11 @@ class Prediction(NamedTuple):
 
 
 class MAEDecoder(nn.Module):
-    """A narrow transformer over all places (section 3, "MAE decoder"); used in pretraining only.
+    """A narrow transformer over all patches (section 3, "MAE decoder"), used in pretraining only.
 
     Args:
-        encoder: settings of the encoder whose tokens come in.
-        settings: width, depth, heads and the ratio of its MLPs.
+        encoder: settings of the encoder.
+        settings: width, depth, heads and MLP ratio of the decoder.
     """
 
     pos_embed: Tensor
@@ -121,9 +121,9 @@ class MAEDecoder(nn.Module):
         self, latent: Float[Tensor, "b t d"], visible: Int[Tensor, "b k"], grid: tuple[int, int] | None = None,
         wanted: Int[Tensor, "b m"] | None = None,
     ) -> Prediction:  # fmt: skip
-        """Predictions of the wanted patches; of every patch, row by row, for None.
+        """Predictions for the wanted patches; for None, for all patches, row by row.
 
-        The grid may be another than the encoder's own.
+        The grid may differ from the encoder's own.
         """
         tokens = self.embed(latent)  # b (prefix + k) w
         prefix, seen = tokens[:, : self.prefix], tokens[:, self.prefix :]
@@ -135,25 +135,25 @@ class MAEDecoder(nn.Module):
             wanted = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
         for number, block in enumerate(self.blocks, start=1):
             assert isinstance(block, Block)
-            last = wanted + self.prefix if number == len(self.blocks) else None  # the last MLP maps no others
+            last = wanted + self.prefix if number == len(self.blocks) else None  # spares the last MLP all other tokens
             tokens = run_block(block, tokens, recompute=self.recompute, wanted=last)
         tokens = self.norm(tokens)
         return Prediction(self.pred(tokens), None if self.hog is None else self.hog(tokens))
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 t d"]:
-        """The table of the encoder's own grid, resampled for others."""
+        """The position table of the encoder's grid, resampled to other grids."""
         return torch.cat(table_on_grid(self.pos_embed, self.prefix, self.grid, grid))[None]
 
 
 class MAEModel(nn.Module):
-    """An encoder of the visible patches and a light decoder (figure 1).
+    """An encoder of the visible patches and a lightweight decoder (figure 1).
 
     Args:
         settings: Masking, target and decoder.
         encoder: The encoder's architecture and input.
 
     Raises:
-        ValueError: An encoder that cannot take a few patches alone, or a ratio that leaves all or no patches visible.
+        ValueError: An encoder that cannot process a subset of patches, or a ratio that leaves all or none visible.
     """
 
     def __init__(self, settings: MAESettings, encoder: EncoderSettings) -> None:
@@ -170,8 +170,8 @@ class MAEModel(nn.Module):
 
         Args:
             images: Normalized pixels.
-            noise: One number per patch; those with the lowest stay visible.
-            path_noise: Uniform numbers for stochastic depth, 'branches b'.
+            noise: One random number per patch; the patches with the lowest stay visible.
+            path_noise: Uniform random numbers for stochastic depth, 'branches b'.
         """
         visible, hidden = self.mask(noise)  # b k, b m
         latent = self.encoder(images, visible, path_noise=path_noise)  # b t d
@@ -186,9 +186,9 @@ class MAEModel(nn.Module):
     def target_moments(
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]
     ) -> Float[Tensor, "3 pixels"]:
-        """The mean patch, and of the hidden patches the mean and the mean square: the error of guessing that patch."""
+        """The mean patch, and the hidden patches' mean and mean square, for the error of predicting the mean patch."""
         target = self.target(patchify(images, self.encoder.settings.patch))  # b n pixels
-        if self.settings.hog_weight:  # all in one, scaled so that its mean squared error is the loss
+        if self.settings.hog_weight:  # both targets in one tensor, scaled so that its mean squared error is the loss
             hog, pixels = hog_patches(images, self.encoder.settings.patch), target.shape[2]
             hog = hog * (self.settings.hog_weight * pixels / hog.shape[2]) ** 0.5
             target = torch.cat([target, hog], 2) * (1 + hog.shape[2] / pixels) ** 0.5
@@ -196,11 +196,11 @@ class MAEModel(nn.Module):
         return torch.stack([target.mean((0, 1)), hidden.mean((0, 1)), hidden.square().mean((0, 1))])
 
     def mask(self, noise: Float[Tensor, "b n"]) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
-        """Numbers of the visible and of the hidden patches."""
+        """Indices of the visible and of the hidden patches."""
         return random_masking(noise, num_visible(noise.shape[1], self.settings.mask_ratio))
 
     def target(self, patches: Float[Tensor, "b m pixels"]) -> Float[Tensor, "b m pixels"]:
-        """What the decoder learns to predict of these patches (section 3, "Reconstruction target")."""
+        """The decoder's training target for these patches (section 3, "Reconstruction target")."""
         return normalize_patches(patches) if self.settings.target == "normalized" else patches
 
     def grid_of(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
@@ -211,10 +211,10 @@ class MAEModel(nn.Module):
     def reconstruct(
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b 1 h w"]]:
-        """The images with their hidden patches predicted, and where these are (1).
+        """Images with predicted hidden patches, and a mask that is 1 where patches were hidden.
 
-        Visible pixels are put back. With a normalized target the network predicts each patch in units of its own
-        mean and deviation, which are taken from the image itself.
+        Visible pixels are copied from the input. With a normalized target, the network predicts each patch relative to
+        its own mean and standard deviation, which are taken from the image itself.
         """
         visible, hidden = self.mask(noise)
         predicted = self.decoder(self.encoder(images, visible), visible, self.grid_of(images)).pixels
@@ -231,7 +231,7 @@ class MAEModel(nn.Module):
 
 
 def check_encoder(settings: MAESettings, encoder: EncoderSettings) -> None:
-    """Raise ValueError where MAE cannot train such an encoder."""
+    """Raise ValueError for an encoder that MAE cannot train."""
     if encoder.causal or encoder.tokens != "patch":
         raise ValueError(
             "MAE shows the encoder a few patches alone, in any order: it can neither be causal nor have tokens "

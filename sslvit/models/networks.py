@@ -1,4 +1,4 @@
-"""Networks in the place of the vision transformer: torchvision's and timm's by name, and modules from Python."""
+"""Networks in place of the vision transformer: torchvision and timm models by name, and modules from Python."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from sslvit.settings.encoder import OWN
 
 BackboneLike = nn.Module | Callable[[], nn.Module]
 RESNET_STAGES = ["layer1", "layer2", "layer3", "layer4"]
-WITH_MORE_CLASSIFIERS = ("googlenet", "inception_v3")  # of torchvision; they also normalize images anew
+WITH_MORE_CLASSIFIERS = ("googlenet", "inception_v3")  # in torchvision; these also normalize their input again
 
 
 # ---- modules from Python ---------------------------------------------------------------------------------------
 
-# no setting, since settings are plain values in files, and no argument of all that builds networks from settings
+# a context variable: settings are plain values in files, and an argument would have to pass through every function that
+# builds networks from settings
 _given: ContextVar[Callable[[], nn.Module] | None] = ContextVar("backbone", default=None)
 
 
 @contextmanager
 def given_backbone(backbone: BackboneLike | None) -> Iterator[None]:
-    """While it is on, settings whose backbone is "own" mean this one.
+    """Within this context, the backbone "own" in settings stands for the given one.
 
     Args:
-        backbone: A module, of which copies are trained, or a function that makes one; None for what was given before.
+        backbone: A module, which is copied before training, or a function that makes one; None changes nothing.
     """
     if backbone is None:
         yield
@@ -64,11 +65,11 @@ def _network_from_python() -> nn.Module:
 
 
 def make_network(settings: EncoderSettings) -> nn.Module:
-    """The network that `settings.backbone` names, with random weights and without a classifier.
+    """Build the network named by `settings.backbone`, with random weights and without a classifier.
 
     Raises:
         ImportError: Its library is not installed.
-        ValueError: The name is unknown there, or the network has no classifier or no stem to replace.
+        ValueError: The library does not know the name, or the network has no classifier or no stem to replace.
     """
     if settings.backbone == OWN:
         return _network_from_python()
@@ -80,7 +81,7 @@ def make_network(settings: EncoderSettings) -> nn.Module:
 
 
 def _from_torchvision(name: str, channels: int) -> nn.Module:
-    from torchvision import models  # seconds
+    from torchvision import models  # takes seconds to import
 
     refuse_unknown("torchvision", name, models.list_models(module=models))
     if name in WITH_MORE_CLASSIFIERS:
@@ -98,7 +99,7 @@ def _from_torchvision(name: str, channels: int) -> nn.Module:
 
 
 def classifier_of(net: nn.Module, name: str) -> str:
-    """The name of the linear map that ends a network of torchvision's."""
+    """The name of the linear layer at the end of a torchvision network."""
     linear = [key for key, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError(f"torchvision:{name}: ends in no linear classifier that could be left out. Take another.")
@@ -114,7 +115,7 @@ def _from_timm(name: str, channels: int) -> nn.Module:
 
 
 def refuse_unknown(library: str, name: str, known: Sequence[str]) -> None:
-    """Raise ValueError for a name that a library does not know, with the nearest ones."""
+    """Raise ValueError for a name that the library does not know, suggesting similar names."""
     if name not in known:
         near = difflib.get_close_matches(name[:100], known, n=3)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
@@ -122,7 +123,7 @@ def refuse_unknown(library: str, name: str, known: Sequence[str]) -> None:
 
 
 def replace_stem(net: nn.Module, name: str) -> None:
-    """Give a ResNet the stem for small images: 3 x 3 of stride 1, and no max pooling."""
+    """Give a ResNet the stem for small images: a 3 x 3 convolution of stride 1, and no max pooling."""
     conv, pool = getattr(net, "conv1", None), getattr(net, "maxpool", None)
     if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (7, 7) or pool is None:
         raise ValueError(
@@ -133,7 +134,7 @@ def replace_stem(net: nn.Module, name: str) -> None:
 
 
 def _conv_like(conv: nn.Conv2d, **changes: Any) -> nn.Conv2d:
-    """A convolution as another one, initialized as torchvision's ResNets and timm's are (He et al. 2015)."""
+    """A new convolution like another one, initialized as in torchvision's and timm's ResNets (He et al. 2015)."""
     keys = ("in_channels", "out_channels", "kernel_size", "stride", "padding")
     made = nn.Conv2d(**{key: getattr(conv, key) for key in keys} | changes, bias=conv.bias is not None)
     nn.init.kaiming_normal_(made.weight, mode="fan_out", nonlinearity="relu")
@@ -141,7 +142,7 @@ def _conv_like(conv: nn.Conv2d, **changes: Any) -> nn.Conv2d:
 
 
 def stages_of(net: nn.Module) -> list[str]:
-    """Names of the modules that end the stages of a ResNet, of torchvision's RegNet, or of what timm tells them of."""
+    """Names of the last modules of the stages: of a ResNet, torchvision's RegNet, or a timm model with feature_info."""
     if all(hasattr(net, name) for name in RESNET_STAGES):
         return RESNET_STAGES
     if isinstance(trunk := getattr(net, "trunk_output", None), nn.Module):

@@ -13,7 +13,7 @@ from sslvit.settings import EncoderSettings
 
 
 class AttentionPool(nn.Module):
-    """A learned query attends to all tokens (the MAP head of Zhai et al. 2022; its MLP with `pool_mlp`)."""
+    """Attention pooling by a learned query (the MAP head of Zhai et al. 2022; with its MLP if `pool_mlp` is set)."""
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()

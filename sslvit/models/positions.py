@@ -1,17 +1,18 @@
-"""Where a token is.
+"""Position embeddings.
 
 Kinds (`encoder.pos_embed`):
-    none           no positions: the encoder sees a bag of patches
+    none           no positions: the encoder sees an unordered set of patches
     learned_1d     one learned row per patch
     learned_2d     a learned row per grid row plus one per grid column
     sincos_1d/_2d  fixed sines and cosines (Vaswani et al. 2017; MAE's 2-D table, He et al. 2022, appendix A.1)
-    rotary_2d      queries and keys turned by angles that grow along rows and columns (Heo et al. 2024)
+    rotary_2d      queries and keys rotated by angles that grow along rows and columns (Heo et al. 2024)
     rotary_2d_normalized
-                   likewise, by coordinates from -1 to 1 on any grid (DINOv3, Siméoni et al. 2025, section 3.2)
+                   the same, with coordinates from -1 to 1 on any grid (DINOv3, Siméoni et al. 2025, section 3.2)
     relative_bias  a learned bias w[i - j] per head, added before the softmax (CoAtNet, Dai et al. 2021)
 
-The first four are a table that is added to the tokens and resampled for other grids; rotary coordinates and the
-bias table are interpolated in the same way. Normalized coordinates are the same for any grid, so nothing is.
+The learned and sine-cosine kinds are a table that is added to the tokens and resampled for other grids; rotary
+coordinates and the bias table are interpolated likewise. Normalized coordinates have the same range on every grid, so
+they need no interpolation.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 @dataclass
 class TokenLayout:
-    """Where the tokens of one forward pass lie.
+    """Positions of the tokens in one forward pass.
 
     Args:
         grid: rows and columns of patches.
@@ -51,7 +52,7 @@ def sincos_1d(length: int, width: int) -> Float[Tensor, "length width"]:
 
 
 def sincos_2d(grid: tuple[int, int], width: int) -> Float[Tensor, "n width"]:
-    """First half of the channels says the column, second half the row (MAE's table). float64."""
+    """The first half of the channels encodes the column, the second half the row (MAE's table). float64."""
     rows, columns = grid
     of_row = sincos_1d(rows, width // 2)[:, None].expand(rows, columns, -1)
     of_column = sincos_1d(columns, width // 2)[None].expand(rows, columns, -1)
@@ -59,7 +60,7 @@ def sincos_2d(grid: tuple[int, int], width: int) -> Float[Tensor, "n width"]:
 
 
 def sincos_table(patches: Float[Tensor, "n d"], prefix: int) -> Float[Tensor, "1 t d"]:
-    """A fixed table as a module keeps it: float32, with rows of zeros for the prefix tokens in front."""
+    """A fixed table in the form that modules store: float32, with rows of zeros for the prefix tokens in front."""
     return torch.cat([patches.new_zeros(prefix, patches.shape[1]), patches]).float()[None]
 
 
@@ -71,9 +72,10 @@ def table_on_grid(
     antialias: bool = True,
     offset: float = 0.0,
 ) -> tuple[Float[Tensor, "prefix d"], Float[Tensor, "n d"]]:
-    """Rows for the prefix tokens and for the patches of a grid, of a table that was made for `trained_grid`.
+    """Split a table for `trained_grid` into the rows of prefix tokens and those of patches, resampled to `grid`.
 
-    The table has `prefix` rows for prefix tokens in front; `antialias` and `offset` are those of `resample_table`.
+    The first `prefix` rows of the table belong to prefix tokens; `antialias` and `offset` are those of
+    `resample_table`.
     """
     return table[0, :prefix], resample_table(table[0, prefix:], trained_grid, grid, antialias, offset)
 
@@ -85,15 +87,15 @@ def resample_table(
     antialias: bool = True,
     offset: float = 0.0,
 ) -> Float[Tensor, "m d"]:
-    """Interpolate a table of positions from one grid to another, bicubically. The same grid returns it untouched.
+    """Interpolate a position table from one grid to another, bicubically. For the same grid, it is returned unchanged.
 
     Args:
         table: one row per patch, row by row.
-        grid: rows and columns that the table was made for.
-        to: rows and columns wanted.
+        grid: rows and columns of the table.
+        to: rows and columns of the result.
         antialias: smooth when shrinking.
-        offset: 0 samples for the size itself (MAE, timm, DINOv2 with registers). DINO and DINOv2 passed
-            (cells + 0.1) / old cells as a scale factor, which also shifts the sampling points; 0.1 repeats that.
+        offset: 0 interpolates to the exact size (MAE, timm, DINOv2 with registers). DINO and DINOv2 passed
+            (cells + 0.1) / old cells as a scale factor, which also shifts the sampling points; 0.1 reproduces that.
     """
     if is_same(grid, to):
         return table
@@ -102,17 +104,17 @@ def resample_table(
 
 
 def is_same(grid: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether two grids are one. While a program for any size is traced, a size is a symbol and equals no number."""
+    """Whether two grids are equal. While tracing for dynamic sizes, a size is a symbol and equals no number."""
     return all(isinstance(side, int) for side in (*grid, *other)) and tuple(grid) == tuple(other)
 
 
 def interpolate(
     image: Float[Tensor, "1 d rows cols"], to: tuple[int, int], antialias: bool = True, offset: float = 0.0
 ) -> Float[Tensor, "1 d rows2 cols2"]:
-    """Bicubic interpolation; where repeatable kernels are asked for, as a product with its matrix."""
+    """Bicubic interpolation; with deterministic algorithms enabled, as a product with the interpolation matrix."""
     grid = tuple(image.shape[2:])
     if torch.are_deterministic_algorithms_enabled() and image.requires_grad:
-        # on a GPU the gradient of interpolation has no repeatable kernel
+        # on a GPU, the gradient of interpolation has no deterministic kernel
         cells = torch.eye(grid[0] * grid[1], dtype=image.dtype, device=image.device)
         weights = _bicubic(rearrange(cells, "n (rows cols) -> 1 n rows cols", rows=grid[0]), to, antialias, offset)
         return torch.einsum("bdn,bnrc->bdrc", image.flatten(2), weights)
@@ -120,7 +122,7 @@ def interpolate(
 
 
 def _bicubic(image: Tensor, to: tuple[int, int], antialias: bool, offset: float) -> Tensor:
-    """Resize to the given size, or by DINO's scale factors."""
+    """Resize to the given size, with an offset by DINO's scale factors."""
     if not offset:
         return F.interpolate(image, size=to, mode="bicubic", antialias=antialias)
     factors = [(new + offset) / old for new, old in zip(to, image.shape[2:], strict=True)]
@@ -131,7 +133,7 @@ def _bicubic(image: Tensor, to: tuple[int, int], antialias: bool, offset: float)
 
 
 def scaled_coordinates(grid: tuple[int, int], trained_grid: tuple[int, int], device: torch.device) -> list[Tensor]:
-    """Numbers of the rows and of the columns; on another grid scaled to the range of the trained one (rotary_2d)."""
+    """Indices of the rows and of the columns, scaled to the range of the trained grid (rotary_2d)."""
     return [
         (torch.arange(new, device=device) + 0.5) * old / new - 0.5 for new, old in zip(grid, trained_grid, strict=True)
     ]
@@ -146,7 +148,7 @@ def normalized_coordinates(grid: tuple[int, int], device: torch.device) -> list[
 
 
 def rotary_2d(sides: list[Tensor], width: int) -> tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]]:
-    """Cosines and sines of the angles of each patch: a quarter of the head's width by row, a quarter by column.
+    """Cosines and sines of each patch's angles: head width / 4 angles for its row, and as many for its column.
 
     Heo et al. 2024, "Rotary Position Embedding for Vision Transformer", axial frequencies with base 100.
 
@@ -161,22 +163,22 @@ def rotary_2d(sides: list[Tensor], width: int) -> tuple[Float[Tensor, "n half"],
 
 
 def rotate(heads: Float[Tensor, "b heads t e"], rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (channel i, channel i + e/2) by its angle, in the precision of the heads."""
+    """Rotate each pair (channel i, channel i + e/2) by its angle, in the precision of the heads."""
     cos, sin = (table.to(heads.dtype) for table in rotation)
-    # each channel times its cosine plus its partner times -sin or sin: half the passes over memory of pair by pair
+    # each channel times its cosine, plus its partner times -sin or sin: half the memory traffic of rotating by pairs
     partners = heads.roll(heads.shape[-1] // 2, -1)
     return heads * torch.cat([cos, cos], -1) + partners * torch.cat([-sin, sin], -1)
 
 
 class RelativeBias(nn.Module):
-    """A learned number per head and offset (row, column) between two patches; prefix tokens have none."""
+    """A learned bias per head and offset (row, column) between two patches; zero for prefix tokens."""
 
     def __init__(self, heads: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.zeros(heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
 
     def forward(self, layout: TokenLayout) -> Float[Tensor, "*b heads t t"]:
-        """The bias of every pair of tokens; with visible patches, image by image."""
+        """The bias of every pair of tokens; with visible patches, one matrix per image."""
         rows, columns = layout.grid
         table: Tensor = self.table
         wanted = (2 * rows - 1, 2 * columns - 1)

@@ -1,4 +1,4 @@
-"""Weights for one image size, patch size or number of channels -> the same weights for another."""
+"""Adapt weights to another image size, patch size or number of channels."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 from sslvit.models.positions import interpolate, resample_table, table_on_grid
 from sslvit.settings import EncoderSettings
 
-BIAS_TABLE = ".rel_pos.table"  # of each block, with relative_bias
-OF_ANY_GRID = ("none", "rotary_2d_normalized")  # positions that are not made for one grid
+BIAS_TABLE = ".rel_pos.table"  # in each block, with relative_bias
+OF_ANY_GRID = ("none", "rotary_2d_normalized")  # positions that do not depend on the grid
 
 
 def resize_weights(weights: dict[str, Tensor], old: EncoderSettings, new: EncoderSettings) -> dict[str, Tensor]:
-    """Weights whose position tables fit the new image size, interpolated once (MAE and DINO fine-tune so).
+    """Interpolate the position tables to the new image size, once, as MAE and DINO do for fine-tuning.
 
-    They give the positions that the old weights give on the new grid.
+    On the new grid, the result has the same positions as the old weights.
 
     Raises:
-        ValueError: a pixel sequence whose positions are made for one size.
+        ValueError: a pixel sequence with positions for one size only.
     """
     if old.grid == new.grid:
         return weights
     check_resizable(old, new)
     how = (new.interpolate_antialias, new.interpolate_offset)
-    if old.pos_embed == "learned_2d":  # interpolation is linear and goes along one side after the other
+    if old.pos_embed == "learned_2d":  # interpolation is linear and separable
         (rows, columns), (new_rows, new_columns) = old.grid, new.grid
-        # each twice side by side: torch 2.15 interpolates images of width 1 wrongly where it antialiases
+        # each repeated once, side by side: torch 2.15 interpolates images of width 1 wrongly with antialiasing
         by_row = weights["pos_embed_row"].expand(-1, 2, -1).flatten(0, 1)
         by_row = resample_table(by_row, (rows, 2), (new_rows, 2), *how)[::2]
         by_column = weights["pos_embed_column"].expand(2, -1, -1).flatten(0, 1)
@@ -38,7 +38,7 @@ def resize_weights(weights: dict[str, Tensor], old: EncoderSettings, new: Encode
         offsets = (2 * new.grid[0] - 1, 2 * new.grid[1] - 1)
         tables = {key: value for key, value in weights.items() if key.endswith(BIAS_TABLE)}
         return weights | {key: interpolate(table[None], offsets)[0] for key, table in tables.items()}
-    if "pos_embed" not in weights:  # none, or rotary: the settings hold the grid whose range it is scaled to
+    if "pos_embed" not in weights:  # none, or rotary, which is scaled to the range of the grid in the settings
         return weights
     table = table_on_grid(weights["pos_embed"], old.position_rows, old.grid, new.grid, *how)
     return weights | {"pos_embed": torch.cat(table)[None]}
@@ -54,10 +54,10 @@ def check_resizable(old: EncoderSettings, new: EncoderSettings) -> None:
 
 
 def resize_patches(weight: Float[Tensor, "d c p p"], patch: int) -> Float[Tensor, "d c q q"]:
-    """The patch embedding for patches of another size (FlexiViT, Beyer et al. 2023, section 3.4).
+    """Resize the patch embedding to another patch size (FlexiViT, Beyer et al. 2023, section 3.4).
 
-    Where patches grow, an image that is enlarged with them has the tokens that it had before; where they shrink, the
-    tokens are the nearest ones that a linear map can give.
+    With larger patches, an image that is enlarged with them keeps its tokens; with smaller ones, its tokens are the
+    closest that a linear map can give.
     """
     old = weight.shape[-1]
     basis = torch.eye(old**2, dtype=torch.float64).view(-1, 1, old, old)
@@ -67,10 +67,9 @@ def resize_patches(weight: Float[Tensor, "d c p p"], patch: int) -> Float[Tensor
 
 
 def convert_channels(weight: Float[Tensor, "d c p p"], channels: int) -> Float[Tensor, "d n p p"]:
-    """The patch embedding for images of another number of channels.
+    """Convert the patch embedding to another number of input channels.
 
-    Every new channel gets the mean over the old ones, scaled so that an image whose channels are all alike keeps its
-    tokens.
+    Every new channel gets the mean over the old ones, scaled so that an image with identical channels keeps its tokens.
     """
     mean = weight.mean(1, keepdim=True) * (weight.shape[1] / channels)
     return mean.expand(-1, channels, -1, -1).contiguous()

@@ -1,6 +1,6 @@
-"""Drawing images from a causal model of pixels, one pixel after the other (Chen et al. 2020, figure 3).
+"""Sampling images from a causal model of pixels, one pixel after the other (Chen et al. 2020, figure 3).
 
-The keys and values of the pixels so far are kept, so that a new pixel costs one token and not the whole sequence.
+The keys and values of earlier pixels are cached, so that a new pixel costs one token and not the whole sequence.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from sslvit.models import ViTEncoder
 from sslvit.progress import Counter, track_counter
 from sslvit.settings.sample import SampleSettings
 
-UNITS = 2**48  # into which a probability of one is divided: sums of integers are the same in any order
+UNITS = 2**48  # integer units of a probability of one: integer sums do not depend on the order of summation
 
 
 @torch.no_grad()
 def complete(
     encoder: ViTEncoder, head: nn.Module, given: Int[Tensor, "b k"], settings: SampleSettings
 ) -> Int[Tensor, "b n"]:
-    """Images that begin with the given pixels and go on as the model draws them.
+    """Complete images from their first pixels by sampling the rest from the model.
 
     Args:
-        encoder: causal, of pixels.
+        encoder: a causal encoder of pixels.
         head: tokens -> logits of the colors.
-        given: palette indices of the first pixels, row by row; none of them for images from nothing.
-        settings: temperature, cuts, seed, batch.
+        given: palette indices of the first pixels, row by row; zero pixels ('b 0') to generate whole images.
+        settings: temperature, top-k, top-p, seed and batch size.
 
     Returns:
-        Palette indices of whole images, row by row.
+        Palette indices of complete images, row by row.
 
     Raises:
-        ValueError: more pixels than an image has, an encoder that cannot be read on, predictions that are not finite.
+        ValueError: more pixels than an image has, an encoder that cannot decode, or predictions that are not finite.
     """
     positions = encoder.settings.grid[0] * encoder.settings.grid[1]
     if given.shape[1] > positions:
@@ -56,7 +56,7 @@ def _complete_batch(
     encoder: ViTEncoder, head: nn.Module, colors: Int[Tensor, "b n"], prefix_length: int, numbers: Float[Tensor, "b n"],
     settings: SampleSettings, counter: Counter,
 ) -> None:  # fmt: skip
-    """Fill in the pixels of `colors` from number `prefix_length` on."""
+    """Fill in the pixels of `colors` from index `prefix_length` on."""
     positions = colors.shape[1]
     if prefix_length == positions:
         return
@@ -84,20 +84,20 @@ def sampling_probs(logits: Float[Tensor, "b colors"], settings: SampleSettings) 
     if settings.top_p < 1:
         ordered, order = probs.sort(dim=1, descending=True, stable=True)
         units = in_units(ordered)
-        is_needless = units.cumsum(1) - units >= round(settings.top_p * UNITS)  # the likelier ones are enough
+        is_needless = units.cumsum(1) - units >= round(settings.top_p * UNITS)  # likelier colors already reach top_p
         probs = probs.scatter(1, order, ordered.masked_fill(is_needless, 0))
         probs = probs / probs.sum(1, keepdim=True)
     return probs
 
 
 def sample_colors(probs: Float[Tensor, "b colors"], numbers: Float[Tensor, "b"]) -> Int[Tensor, "b"]:
-    """The color in whose interval of [0, 1) each uniform number lies."""
+    """Inverse transform sampling: one color per row for a uniform number in [0, 1)."""
     upper = in_units(probs).cumsum(1)
     total = upper[:, -1:]
-    target = (numbers[:, None] * total).long().clamp(max=total - 1)  # no rounding puts a draw behind the last color
+    target = (numbers[:, None] * total).long().clamp(max=total - 1)  # rounding must not exceed the last color
     return torch.searchsorted(upper, target, right=True)[:, 0]
 
 
 def in_units(probs: Float[Tensor, "b colors"]) -> Int[Tensor, "b colors"]:
-    """Probabilities in whole units: not every torch has a repeatable GPU kernel for running sums of fractions."""
+    """Probabilities as integers: not every torch has a deterministic GPU kernel for cumulative sums of floats."""
     return (probs * UNITS).long()

@@ -1,7 +1,7 @@
-"""Image -> a sequence of tokens on an (h, w) grid, row by row.
+"""Tokenizers: image -> a sequence of tokens on an (h, w) grid, row by row.
 
 Every tokenizer is made from EncoderSettings, takes `images` ('b c h w') and `visible` ('b k' patch indices, or None for
-all) and returns 'b k d'. Where a patch's token depends on that patch alone, only the visible ones are computed.
+all) and returns 'b k d'. If a token depends on its own patch alone, only the visible ones are computed.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from sslvit.palette import colors_of, nearest_color, uniform_palette
 from sslvit.plugins import find_plugin
 from sslvit.settings import EncoderSettings
 
-FREQUENCY = 2.0  # radians per unit of color, of the Fourier features that colors may start from
+FREQUENCY = 2.0  # radians per unit of color, for colors initialized as random Fourier features
 AMPLITUDE = 0.3
 
 
 def cut_patches(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n cpp"]:
-    """Patches flattened as (channel, row, column), the order of a convolution's weight."""
+    """Cut images into patches flattened as (channel, row, column), the order of a convolution's weight."""
     return rearrange(images, "b c (rows p) (cols q) -> b (rows cols) (c p q)", p=patch, q=patch)
 
 
 def gather_tokens(tokens: Shaped[Tensor, "b n d"], visible: Int[Tensor, "b k"] | None) -> Shaped[Tensor, "b k d"]:
-    """The tokens of the visible patches, in the order in which they are listed; all of them for None."""
+    """The tokens of the visible patches, in the listed order; all tokens for None."""
     if visible is None:
         return tokens
     return tokens.gather(1, visible[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 class PatchTokens(nn.Module):
-    """One linear map per patch (Dosovitskiy et al. 2021, section 3.1), kept in a convolution's shape (d, c, p, p)."""
+    """A linear map of each patch (Dosovitskiy et al. 2021, section 3.1), stored as a convolution (d, c, p, p)."""
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class PatchTokens(nn.Module):
 
 
 class ShiftedPatchTokens(nn.Module):
-    """Patches of the image and of four copies shifted diagonally by half a patch (Lee et al. 2021, section 3.1)."""
+    """Patches of the image and four copies shifted diagonally by half a patch (Lee et al. 2021, section 3.1)."""
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
@@ -74,9 +74,9 @@ class ShiftedPatchTokens(nn.Module):
 
 
 class ConvStemTokens(nn.Module):
-    """Early convolutions (Xiao et al. 2021): 3 x 3 of stride 2 until the stride is the patch, then a 1 x 1.
+    """Early convolutions (Xiao et al. 2021): 3 x 3 of stride 2 up to a total stride of `patch`, then a 1 x 1.
 
-    Neighboring tokens see each other's pixels, so all are computed before the visible ones are taken.
+    Receptive fields overlap, so all tokens are computed before the visible ones are selected.
     """
 
     def __init__(self, settings: EncoderSettings) -> None:
@@ -96,9 +96,9 @@ class ConvStemTokens(nn.Module):
 
 
 class MBConv(nn.Module):
-    """An inverted bottleneck with squeeze and excitation, normalized before (CoAtNet, Dai et al. 2021, appendix A.1).
+    """A pre-norm inverted bottleneck with squeeze and excitation (CoAtNet, Dai et al. 2021, appendix A.1).
 
-    Four times as many channels inside; the depthwise convolution has the stride.
+    The expansion ratio is 4; the depthwise convolution has the stride.
     """
 
     def __init__(self, before: int, after: int, stride: int) -> None:
@@ -117,17 +117,17 @@ class MBConv(nn.Module):
         self.shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Tensor:
-        """The map, at half the size where the stride is 2."""
+        """The feature map, at half the size if the stride is 2."""
         inside = self.expand(x)
         inside = inside * self.excite(inside.mean((2, 3), keepdim=True))
         return self.shortcut(self.pool(x)) + self.project(inside)
 
 
 class MBConvTokens(nn.Module):
-    """The convolutional stages of CoAtNet (Dai et al. 2021, section 2.2), one token per cell of the last map.
+    """The convolutional stages of CoAtNet (Dai et al. 2021, section 2.2), one token per cell of the last feature map.
 
-    Two 3 x 3 convolutions at half the size, then stages of two MBConv blocks, each at half the size of the one before
-    and twice as wide, until the stride is the patch. With relative_bias positions the encoder is a CoAtNet.
+    Two 3 x 3 convolutions at half the size, then stages of two MBConv blocks, each at half the size of the previous
+    stage and twice as wide, up to a total stride of `patch`. With relative_bias positions, the encoder is a CoAtNet.
     """
 
     def __init__(self, settings: EncoderSettings) -> None:
@@ -156,7 +156,7 @@ class HybridTokens(nn.Module):
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        from torchvision.models import get_model  # torchvision takes seconds to import; only hybrids pay
+        from torchvision.models import get_model  # takes seconds to import, and only hybrids need it
 
         resnet = get_model(settings.hybrid_backbone, weights=None)
         if settings.channels != 3:
@@ -174,10 +174,10 @@ class HybridTokens(nn.Module):
 
 
 class PixelTokens(nn.Module):
-    """One token per pixel: the learned vector of its nearest palette color (iGPT, Chen et al. 2020, section 3.2).
+    """One token per pixel: the learned embedding of the nearest palette color (iGPT, Chen et al. 2020, section 3.2).
 
-    In a causal encoder the sequence is shifted right by a learned start token: position i carries pixel i - 1, so
-    that nothing computed at position i has seen pixel i.
+    In a causal encoder, the sequence is shifted right by a learned start token: the input at position i is pixel i - 1,
+    so that nothing computed at position i depends on pixel i.
     """
 
     palette: Float[Tensor, "colors c"]
@@ -198,7 +198,7 @@ class PixelTokens(nn.Module):
 
     @torch.no_grad()
     def start_from_colors(self) -> None:
-        """Vectors of near colors start alike: random Fourier features (Rahimi and Recht 2007)."""
+        """Initialize similar colors with similar embeddings: random Fourier features (Rahimi and Recht 2007)."""
         turns = torch.randn(self.palette.shape[1], self.embed.embedding_dim) * FREQUENCY
         phases = torch.rand(self.embed.embedding_dim) * 2 * math.pi
         self.embed.weight.copy_((self.palette @ turns + phases).cos() * AMPLITUDE)
@@ -208,7 +208,7 @@ class PixelTokens(nn.Module):
         return nearest_color((images * self.std + self.mean) * 2 - 1, self.palette).flatten(1)
 
     def images_of(self, indices: Int[Tensor, "b n"], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
-        """The inverse of `quantize`: normalized images in the palette's colors."""
+        """Normalized images in the palette's colors, from their indices: the inverse of `quantize`."""
         colors = colors_of(indices.unflatten(1, grid), self.palette)
         return ((colors + 1) / 2 - self.mean) / self.std
 
@@ -218,7 +218,7 @@ class PixelTokens(nn.Module):
         return gather_tokens(self.begin(indices[:, :-1]) if self.shifted else self.embed(indices), visible)
 
     def begin(self, indices: Int[Tensor, "b k"]) -> Float[Tensor, "b k1 d"]:
-        """The start token, then the given first pixels."""
+        """The start token, followed by the tokens of the first pixels."""
         tokens = self.embed(indices)
         return torch.cat([self.start_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
 
@@ -234,10 +234,10 @@ TOKENIZERS: dict[str, type[nn.Module]] = {
 
 
 def make_tokenizer(settings: EncoderSettings) -> nn.Module:
-    """The tokenizer that `settings.tokens` names, also of a plugin's.
+    """The tokenizer named by `settings.tokens`, including tokenizers of plugins.
 
     Raises:
-        ValueError: What a plugin brings is no nn.Module, or makes something else than one token per patch.
+        ValueError: A plugin's tokenizer is not an nn.Module, or does not make one token per patch.
     """
     if settings.tokens in TOKENIZERS:
         return TOKENIZERS[settings.tokens](settings)

@@ -19,13 +19,13 @@ from sslvit.settings import EncoderSettings
 
 
 class KVCache:
-    """Keys and values that one block has computed already, so that decoding does not compute them again.
+    """Cached keys and values of one block, so that decoding does not recompute them.
 
     Args:
         batch: number of sequences.
-        length: number of positions of a whole sequence.
+        length: number of positions of a complete sequence.
         settings: settings of the encoder.
-        like: a tensor of the device and dtype that the cache shall have.
+        like: a tensor with the device and dtype of the cache.
     """
 
     def __init__(self, batch: int, length: int, settings: EncoderSettings, like: Tensor) -> None:
@@ -34,7 +34,7 @@ class KVCache:
         self.length = 0
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the next positions, and return keys and values of all positions so far, 'b heads t e'."""
+        """Append the next positions, and return the keys and values of all positions so far, 'b heads t e'."""
         start, self.length = self.length, self.length + key.shape[2]
         self.keys[:, :, start : self.length] = key
         self.values[:, :, start : self.length] = value
@@ -42,11 +42,11 @@ class KVCache:
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the approximation of iGPT's released model."""
+    """x * sigmoid(1.702 x), the approximation of GELU in iGPT's released model."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The activation, entry by entry."""
-        return F.silu(1.702 * x) / 1.702  # one kernel of sigmoids, with its own for the backward pass
+        """Apply the activation elementwise."""
+        return F.silu(1.702 * x) / 1.702  # silu has fused kernels for the forward and the backward pass
 
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -55,45 +55,46 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm, no less precise than its input where FSDP2 has gathered its weights in bf16."""
+    """torch's LayerNorm, at least as precise as its input even where FSDP2 has gathered its weights in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The tokens, each normalized over its channels."""
+        """Normalize each token over its channels."""
         return F.layer_norm(x, self.normalized_shape, as_precise(self.weight, x), as_precise(self.bias, x), self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, likewise."""
+    """torch's RMSNorm, with the same precision as `LayerNorm` above."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The tokens, each divided by its root mean square."""
+        """Divide each token by its root mean square."""
         return F.rms_norm(x, self.normalized_shape, as_precise(self.weight, x), self.eps)
 
 
 def as_precise(weight: Tensor, x: Tensor) -> Tensor:
-    """A weight in the precision of an input, or in its own where that is higher."""
+    """Cast a weight to the precision of an input unless its own is higher."""
     return weight.to(torch.promote_types(weight.dtype, x.dtype))
 
 
 def make_norm(settings: EncoderSettings, width: int) -> nn.Module:
-    """The encoder's kind of normalization over `width` channels."""
+    """Make a normalization layer of the encoder's kind over `width` channels."""
     if settings.norm == "rms":
         return RMSNorm(width, eps=settings.norm_eps)
     return LayerNorm(width, eps=settings.norm_eps)
 
 
-# bf16 on a CPU: torch's fused kernel is slow backward and on short sequences; it takes no learned bias, and what torch
-# does instead is slower still. Milliseconds of both passes, two products and a softmax / fused, for 4 images of 8 heads
-# of 32 channels on one core with AMX, torch 2.15 (wider heads, and cores without AMX, cross between 480 and 780 too):
+# bf16 on a CPU: torch's fused kernel is slow in the backward pass and on short sequences. It does not support a learned
+# bias, and torch's fallback is slower still. Milliseconds of forward and backward pass, written out (two products and a
+# softmax) / fused, for 4 images and 8 heads of 32 channels on one core with AMX, torch 2.15 (with wider heads, and on
+# cores without AMX, the crossover also lies between 480 and 780 tokens):
 #   tokens             257        577         784          1024
 #   no mask          8 / 17     52 / 68    122 / 71     208 / 107
 #   causal          13 / 17     56 / 47    157 / 59     260 / 91
 #   fixed bias      12 / 24     57 / 96    162 / 108    297 / 153
 #   learned bias    14 / 30     64 / 200   185 / 414    339 / 662
-# Without gradients the fused kernel is as fast at 37 tokens, and 1.4 to 8 times as fast from 200 on.
+# Without gradients, the fused kernel is as fast at 37 tokens and 1.4 to 8 times as fast from 200 tokens on.
 FUSED_BF16_TOKENS = 640
-# Bytes of attention weights that are made at once, which a core's cache holds: images by images, 16 of 16 heads of 32
-# channels on 197 tokens take 41 ms instead of 69, both passes (2, 4, 8 MiB: 42, 43, 49)
+# Bytes of attention weights that are computed at once, few enough for a core's cache. For 16 images, 16 heads of 32
+# channels and 197 tokens, both passes take 41 ms image by image instead of 69 ms at once (2, 4, 8 MiB: 42, 43, 49 ms).
 WEIGHTS_AT_ONCE = 2**21
 
 
@@ -105,16 +106,16 @@ def is_written_out(query: Float[Tensor, "b heads t e"], has_learned_bias: bool) 
 
 
 class WrittenOutAttention(torch.autograd.Function):
-    """Attention as two products and a softmax, whose weights are computed again in the backward pass.
+    """Attention as two products and a softmax; the backward pass recomputes the attention weights.
 
-    Kept for it, they would be a step's largest tensors; those of a few images at once stay in the cache. The gradient
-    of the softmax is FlashAttention's (Dao et al. 2022, appendix B.2). `bias` is broadcastable to '1 heads t t' and
-    takes no gradient.
+    If they were stored, they would be the largest tensors of a step; those of a few images at a time fit in the cache.
+    The gradient of the softmax is FlashAttention's (Dao et al. 2022, appendix B.2). `bias` must broadcast to
+    '1 heads t t' and gets no gradient.
     """
 
     @staticmethod
     def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        """The mixed values 'b heads t e' of three tensors of that shape."""
+        """Attention outputs 'b heads t e' for a query, key and value of that shape."""
         chunks = _in_chunks(query, key, value)
         mixed = torch.cat([_weights(query * scale, key, bias) @ value for query, key, value in chunks])
         context.save_for_backward(query, key, value, bias, mixed)
@@ -144,7 +145,7 @@ class WrittenOutAttention(torch.autograd.Function):
 
 
 def _in_chunks(query: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some images of each tensor 'b heads t e' after the others, as many as WEIGHTS_AT_ONCE allows."""
+    """Split tensors 'b heads t e' into chunks of as many images as WEIGHTS_AT_ONCE allows."""
     _, heads, length, _ = query.shape
     images = max(WEIGHTS_AT_ONCE // (heads * length**2 * query.element_size()), 1)
     return zip(*(one.split(images) for one in (query, *others)), strict=True)
@@ -156,23 +157,23 @@ def _weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Float[Tensor, "
 
 
 class KeyUnbiasedLinear(nn.Linear):
-    """The map to queries, keys and values with a bias of which the keys' third counts as zero and gets no gradient.
+    """The map to queries, keys and values, with the bias of the keys treated as zero and without a gradient.
 
-    What starts at zero, as a new or an imported one does, then stays there whatever decays or averages it.
+    A key bias that starts at zero, as in new and imported models, stays zero under weight decay and weight averaging.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Queries, keys and values."""
+        """Compute queries, keys and values."""
         width = self.out_features // 3
         bias = torch.cat([self.bias[:width], self.bias.new_zeros(width), self.bias[2 * width :]])
         return F.linear(x, self.weight, bias)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017), with the encoder's saved options.
+    """Multi-head self-attention (Vaswani et al. 2017), configured by the encoder's settings.
 
-    `causal`: a token attends to itself and earlier ones. `locality`: a token does not attend to itself, and each
-    head learns its temperature (Lee et al. 2021, section 3.2).
+    `causal`: a token attends only to itself and earlier tokens. `locality`: a token does not attend to itself, and
+    each head learns its temperature (Lee et al. 2021, section 3.2).
     """
 
     def __init__(self, settings: EncoderSettings) -> None:
@@ -196,7 +197,7 @@ class Attention(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "b t d"], layout: TokenLayout | None = None, kv_cache: KVCache | None = None
     ) -> Float[Tensor, "b t d"]:
-        """With a `kv_cache`, tokens also attend to the positions stored there, and are appended to them."""
+        """With a `kv_cache`, tokens also attend to the cached positions and are appended to the cache."""
         query, key, value = self.heads_of(tokens, layout)
         if kv_cache is not None:
             key, value = kv_cache.append(key, value)
@@ -217,7 +218,7 @@ class Attention(nn.Module):
         return self.proj(rearrange(mixed, "b heads t e -> b t (heads e)"))
 
     def weights(self, tokens: Float[Tensor, "b t d"], layout: TokenLayout | None) -> Float[Tensor, "b heads t t"]:
-        """Softmax of the scores, by the slow path: row i says how much token i takes from each token."""
+        """Attention weights, computed without a fused kernel; row i holds those of query token i."""
         query, key, _ = self.heads_of(tokens, layout)
         return self.scores(query, key, layout).softmax(-1)
 
@@ -238,7 +239,7 @@ class Attention(nn.Module):
         return scores if bias is None else scores + bias
 
     def bias_after(self, query: Tensor, length: int, layout: TokenLayout | None) -> Tensor | None:
-        """The rows of `score_bias` for the last positions of a sequence of `length`."""
+        """Rows of `score_bias` for the last positions of a sequence of the given length."""
         if query.shape[2] == 1 and self.rel_pos is None:
             return None  # the last position attends to all
         bias = self.score_bias(query.new_empty(1, 1, length, 0), layout)
@@ -246,7 +247,7 @@ class Attention(nn.Module):
         return bias[..., length - query.shape[2] : length, :length]
 
     def score_bias(self, query: Tensor, layout: TokenLayout | None) -> Tensor | None:
-        """What is added before the softmax, broadcastable to 'b heads t t'; -inf where attention is forbidden."""
+        """The bias added before the softmax, broadcastable to 'b heads t t'; -inf where attention is forbidden."""
         bias = None
         length = query.shape[2]
         if self.rel_pos is not None:
@@ -262,10 +263,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear maps with an activation between. swiglu (Shazeer 2020): silu(first half) * second half.
+    """Two linear layers with an activation in between. swiglu (Shazeer 2020): silu(first half) * second half.
 
-    Dropout acts on what the second map takes, as in Dosovitskiy et al.'s code, timm and torch; its output is dropped by
-    the block.
+    Dropout acts on the input of the second layer, as in Dosovitskiy et al.'s code, timm and torch; dropout of the
+    output is part of the block.
     """
 
     def __init__(self, settings: EncoderSettings) -> None:
@@ -278,7 +279,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, settings.width, bias=settings.bias)
 
     def forward(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """The tokens, each mapped alone."""
+        """Apply the MLP to each token separately."""
         hidden = self.fc1(tokens)
         if self.gated:
             gate, hidden = hidden.chunk(2, dim=-1)
@@ -301,7 +302,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalized before and added to what came in.
+    """Attention and MLP, each with a norm in front and a residual connection.
 
     Args:
         settings: settings of the encoder.
@@ -328,7 +329,7 @@ class Block(nn.Module):
         kv_cache: KVCache | None = None,
         wanted: Int[Tensor, "b k"] | None = None,
     ) -> Float[Tensor, "b k d"]:
-        """The block's output, of all tokens or of the `wanted` ones.
+        """The block's output for all tokens, or only for the `wanted` ones.
 
         A sample skips a branch where its `path_scale` is zero.
         """
@@ -339,7 +340,7 @@ class Block(nn.Module):
 
 
 def drop_path(branch: Float[Tensor, "b t d"], path_scale: Float[Tensor, "2 b"] | None, which: int) -> Tensor:
-    """One of a block's two branches, zero for the samples that skip it and scaled up for the others."""
+    """Stochastic depth on one of a block's two branches: zero for samples that skip it, scaled up for the rest."""
     return branch if path_scale is None else branch * path_scale[which, :, None, None]
 
 
@@ -353,7 +354,7 @@ def run_block(
 ) -> Float[Tensor, "b k d"]:
     """A block's output.
 
-    With `recompute` (encoder.activation_checkpointing) nothing inside it is kept for the backward pass.
+    With `recompute` (encoder.activation_checkpointing), the backward pass recomputes the activations inside the block.
     """
     if recompute and block.training and torch.is_grad_enabled():
         return checkpoint(block, tokens, layout, path_scale, wanted=wanted, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""How weights move."""
+"""Optimization: parameter groups, schedules, gradient checks and moving averages."""
 
 from sslvit.optim.ema import ema_update
 from sslvit.optim.groups import layer_decay_groups

@@ -1,4 +1,4 @@
-"""Norms of gradients, and bounds on them; a gradient may lie in parts on all ranks (FSDP2)."""
+"""Gradient norms and clipping, also for gradients that are sharded over ranks (FSDP2)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from sslvit.ranks import all_reduce_sum
 
 
 def local_shard(value: Tensor) -> Tensor:
-    """This rank's part of a tensor that is spread over ranks, the same memory; any other tensor itself."""
+    """This rank's shard of a sharded tensor, without a copy; any other tensor unchanged."""
     return value.to_local() if hasattr(value, "to_local") else value
 
 
 @torch.no_grad()
 def grad_norms(gradients: list[Tensor]) -> Tensor:
-    """Norm of each whole gradient, the same on every rank."""
+    """Norm of each full gradient, identical on every rank."""
     norms = torch.stack(torch._foreach_norm([local_shard(gradient) for gradient in gradients]))
     if any(hasattr(gradient, "to_local") for gradient in gradients):
         norms = all_reduce_sum(norms.square()).sqrt()
@@ -24,7 +24,7 @@ def grad_norms(gradients: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def clip_by_global_norm(gradients: list[Tensor], norms: Tensor, largest: float) -> None:
-    """Shrink all gradients by one factor where the norm over them all is above the largest."""
+    """Scale all gradients by one factor if their global norm exceeds `largest`."""
     torch._foreach_mul_(
         [local_shard(gradient) for gradient in gradients], (largest / (norms.norm() + 1e-6)).clamp(max=1)
     )
@@ -32,6 +32,6 @@ def clip_by_global_norm(gradients: list[Tensor], norms: Tensor, largest: float) 
 
 @torch.no_grad()
 def clip_by_parameter_norm(gradients: list[Tensor], norms: Tensor, largest: float) -> None:
-    """Shrink every gradient whose own norm is above the largest (DINO's released code)."""
+    """Scale every gradient with a norm above `largest` on its own (DINO's released code)."""
     factors = (largest / (norms + 1e-6)).clamp(max=1)
     torch._foreach_mul_([local_shard(gradient) for gradient in gradients], list(factors.unbind()))

@@ -14,17 +14,17 @@ def ema_update(average: nn.Module, source: nn.Module, momentum: float, skip: Ten
     """average = momentum x average + (1 - momentum) x source, parameter by parameter; buffers stay as they are.
 
     Args:
-        average: The module that moves.
+        average: The module to update.
         source: A module of the same architecture.
-        momentum: Fraction of the average that stays.
-        skip: 1 where the average shall stay as it is, else 0; a number on the device, for which nothing waits.
+        momentum: Weight of the old average.
+        skip: 1 to leave the average unchanged, else 0; a tensor on the device, which is not synchronized.
     """
     for module in (*average.modules(), *source.modules()):
-        if isinstance(module, FSDPModule):  # weights that a forward pass gathered from all ranks are a copy
+        if isinstance(module, FSDPModule):  # weights that a forward pass gathered are a copy
             module.reshard()
     ours = [local_shard(parameter) for parameter in average.parameters()]
     theirs = [local_shard(parameter.detach()) for parameter in source.parameters()]
-    if is_on_host(skip):  # the number is at hand, and the sum needs no copy of the weights
+    if is_on_host(skip):  # reading it does not synchronize, and the update needs no copy of the weights
         if not skip:
             torch._foreach_mul_(ours, momentum)
             torch._foreach_add_(ours, theirs, alpha=1 - momentum)
@@ -34,5 +34,5 @@ def ema_update(average: nn.Module, source: nn.Module, momentum: float, skip: Ten
 
 
 def is_on_host(value: Tensor) -> bool:
-    """Whether reading a number waits for no device."""
+    """Whether a number can be read without synchronizing with a device."""
     return value.device.type == "cpu"

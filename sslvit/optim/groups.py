@@ -1,4 +1,4 @@
-"""Which weights decay, and at which fraction of the learning rate they move."""
+"""Parameter groups: weight decay and learning rate of each parameter."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-# of attention: its temperature (LSA) would drift to attending evenly; bias tables are spared as in Swin's code
+# attention's temperature (LSA) would drift toward uniform attention; bias tables are exempt as in Swin's code
 NEVER_DECAY = ("attn.scale", "rel_pos.table")
 TOKENS = ("cls_token", "reg_token", "mask_token", "start_token", "query", "pos_embed", "pos_embed_prefix",
           "pos_embed_row", "pos_embed_column")  # fmt: skip
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay acts on a parameter: not on biases, norms, scales, learned temperatures and bias tables."""
+    """Whether weight decay applies: not to biases, norms, scales, learned temperatures and bias tables."""
     return parameter.ndim > 1 and not name.endswith(NEVER_DECAY)
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Depth of a parameter for layer-wise learning rates: embeddings 0, block i i + 1, everything behind depth + 1.
+    """Layer of a parameter for layer-wise learning rates: 0 for embeddings, i + 1 for block i, depth + 1 for the rest.
 
     MAE fine-tuning (He et al. 2022, appendix A.1), after BEiT.
     """
@@ -36,18 +36,18 @@ def layer_decay_groups(
     layer_decay: float = 1.0,
     spared: Sequence[str] = TOKENS,
 ) -> list[dict]:
-    """One group per learning rate and decay, each with `lr_scale` = layer_decay ** (depth + 1 - layer).
+    """One group per learning rate and weight decay, each with `lr_scale` = layer_decay ** (depth + 1 - layer).
 
-    Matrices decay; vectors and what is no weight of a map does not (`decays`). Parameters without gradient are left
+    Weight decay applies to matrices, not to vectors and other exempt parameters (`decays`). Frozen parameters are left
     out.
 
     Args:
-        named: parameters under the encoder's names; all others count as behind it.
+        named: parameters under the encoder's names; all others count as following the encoder.
         depth: Number of the encoder's blocks.
         weight_decay: Weight decay of matrices.
-        layer_decay: learning rate of a layer over that of the one behind it.
-        spared: tokens and position tables that do not decay: none in the pretraining of MAE and DINO, whose released
-            code spares what has one dimension or is a bias, and those that it has in MAE's fine-tuning.
+        layer_decay: ratio of a layer's learning rate to that of the next layer.
+        spared: tokens and position tables without weight decay. MAE's and DINO's released pretraining code exempts
+            only biases and one-dimensional parameters, so none; MAE's fine-tuning exempts all that the encoder has.
     """
     groups: dict[tuple[float, bool], dict] = {}
     for name, parameter in named:

@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 class LARS(torch.optim.Optimizer):
-    """Momentum SGD whose step on each matrix is scaled to the matrix's norm, as in MAE's linear probe.
+    """SGD with momentum that scales the update of each matrix to the norm of the matrix, as in MAE's linear probe.
 
-    Vectors neither decay nor are scaled.
+    Vectors have neither weight decay nor scaling.
 
     Args:
-        parameters: that move.
-        lr: applied outside the momentum, so a changing rate acts on the whole history.
-        weight_decay: added to the gradients of matrices.
+        parameters: parameters to update.
+        lr: learning rate, applied outside the momentum, so that a change of the rate acts on the whole history.
+        weight_decay: factor of the weights that are added to the gradients of matrices.
         momentum: Momentum of the scaled gradients.
-        trust: length of a matrix's step, as a share of its own norm, at a rate of 1.
+        trust: norm of a matrix's update relative to the norm of the matrix, at a learning rate of 1.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of all parameters that have a gradient."""
+        """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

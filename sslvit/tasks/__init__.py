@@ -1,4 +1,4 @@
-"""Pretext tasks, one paper per file, and the table that settings name them by. Loads lazily."""
+"""Training tasks, one paper per file, and a table of their names in settings. Tasks are imported lazily."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TASKS = {
 
 
 def task_class(name: str) -> type[Task]:
-    """The Lightning module of a task by name, also of a plugin's."""
+    """The Lightning module of a task by name, including tasks of plugins."""
     if name not in TASKS:
         return find_task(name)
     module, attribute = TASKS[name]
@@ -31,7 +31,7 @@ def task_class(name: str) -> type[Task]:
 
 @for_python
 def make_task(settings: RunSettings, run: RunPlan) -> Task:
-    """The task that a run's settings describe."""
+    """Make the task described by a run's settings."""
     return task_class(settings.task.name)(settings.task, settings.encoder, settings.optim, run)
 
 

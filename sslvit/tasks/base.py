@@ -1,7 +1,7 @@
-"""What every task shares: the optimizer recipe, schedules, random numbers, records, and Lightning's hooks.
+"""The base class of all tasks: the optimizer recipe, schedules, random numbers, records, and Lightning's hooks.
 
-A task is a Lightning module around a model (sslvit/models/mae.py, dino.py, igpt.py, classifier.py). The model knows the
-mathematics and nothing of training; the task decides when, with which random numbers and at which rate.
+A task is a Lightning module around a model (sslvit/models/mae.py, dino.py, igpt.py, classifier.py). The model
+implements the mathematics and knows nothing about training; the task controls steps, random numbers and learning rates.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from sslvit.tasks.symptoms import Symptom
 
 @dataclass
 class StepOutput:
-    """What a task computes from one micro-batch.
+    """The result of a task for one micro-batch.
 
     Attributes:
-        objective: What the optimizer minimizes.
-        metrics: Numbers for the records, "loss" among them.
-        features: 'b d', of the encoder that is trained; the health check looks at them.
-        probs: 'b k', over prototypes, where the task has some.
-        references: Statistics of the targets that the loss of a constant guess follows from, where `Task.logs_features`
-            asks for them; those of micro-batches and ranks are put together by train/callbacks/health.py.
+        objective: The loss that the optimizer minimizes.
+        metrics: Numbers to record, including "loss".
+        features: Features of the trained encoder, 'b d', for the health check.
+        probs: Probabilities of prototypes, 'b k', for tasks that have prototypes.
+        references: Statistics of the targets that determine the loss of a constant prediction, if `Task.logs_features`
+            is set; train/callbacks/health.py combines those of all micro-batches and ranks.
     """
 
     objective: Tensor
@@ -55,24 +55,25 @@ class StepOutput:
 class Task(pl.LightningModule):
     """A task around one encoder.
 
-    The arguments may be plain dicts, as a checkpoint stores them.
+    The arguments may be plain dicts, as stored in a checkpoint.
 
     Args:
-        task: Settings of the task; a null is resolved for the run.
-        encoder: Settings of the encoder that is trained.
-        optim: How its weights move.
+        task: Settings of the task; values of null are resolved for the run.
+        encoder: Settings of the trained encoder.
+        optim: Settings of the optimizer.
         run: Steps, batch sizes, ranks and seed.
 
     Raises:
-        ValueError: An encoder whose class token sees no patch, or one that the task cannot train.
+        ValueError: A causal encoder with class pooling, where the class token sees no patch, or an encoder that the
+            task cannot train.
     """
 
     settings_class: ClassVar[type[TaskSettings]] = TaskSettings
-    view_kinds: ClassVar[tuple[str, ...]] = ("crop", "square", "center", "canvas")  # of data.view: those of one view
-    spared_from_decay: ClassVar[tuple[str, ...]] = ()  # tokens and position tables that do not decay
-    needs_tokens: ClassVar[str | None] = "it trains the vision transformer"  # why; None: any network will do
+    view_kinds: ClassVar[tuple[str, ...]] = ("crop", "square", "center", "canvas")  # allowed values of data.view
+    spared_from_decay: ClassVar[tuple[str, ...]] = ()  # tokens and position tables without weight decay
+    needs_tokens: ClassVar[str | None] = "it trains the vision transformer"  # the reason; None if any network will do
     loss_shows_learning: ClassVar[bool] = True  # whether a loss that does not fall means that nothing is learned
-    twice_at_peak: ClassVar[bool] = False  # whether the warm-up's last step and the next one are both at the peak
+    twice_at_peak: ClassVar[bool] = False  # whether the last step of the warm-up and the next one both have the peak
     model: nn.Module
 
     def __init__(
@@ -104,68 +105,68 @@ class Task(pl.LightningModule):
         self.guard = StepGuard(self.model, self.optim)
         self.warmup_steps = self.optim.warmup_steps(self.run.steps_per_epoch, self.run.total_steps)
         self.peak_lr = self.optim.peak_lr(self.run.global_batch_size)
-        # until this step the network may look like one that has not begun
+        # until this step, the health check accepts a network that looks untrained
         self.health_grace_steps = min(self.warmup_steps, self.run.total_steps // 4)
-        self.records: dict[str, list[Tensor]] = defaultdict(list)  # of the current step, micro-batch by micro-batch
-        self.logs_features = False  # whether the health check looks at the current step
+        self.records: dict[str, list[Tensor]] = defaultdict(list)  # of the current step, one entry per micro-batch
+        self.logs_features = False  # whether the health check needs the features of the current step
         self.logged_features: dict[str, list[Tensor]] = defaultdict(list)
         self._current_step = -1
 
     @classmethod
     def refuse_backbone(cls, encoder: EncoderSettings) -> None:
-        """Raise ValueError for a network in the place of the vision transformer, where the task needs its tokens."""
+        """Raise ValueError for a network in place of the vision transformer if the task needs tokens."""
         if encoder.backbone is not None and cls.needs_tokens is not None:
             raise ValueError(
                 f"encoder.backbone: {encoder.backbone} makes no tokens, and {cls.needs_tokens}. Leave it out, or train "
                 "it by DINO (task.name) or with labels (sslvit finetune)."
             )
 
-    # ---- what a task writes ----------------------------------------------------------------------------------
+    # ---- methods that tasks override -------------------------------------------------------------------------
 
     def make_model(self, encoder: EncoderSettings) -> nn.Module:
-        """The network; its `encoder` is the one that is trained, and its `loss` what `compute` calls as `loss_fn`."""
+        """Make the model. Its `encoder` is trained, and `compute` calls its `loss` as `loss_fn`."""
         raise NotImplementedError
 
     def compute(self, batch: Batch, step: int) -> StepOutput:
-        """The loss of a micro-batch with the random numbers of a step; nothing here depends on a Trainer."""
+        """The loss of a micro-batch with the random numbers of a step, independent of a Trainer."""
         raise NotImplementedError
 
     def symptoms(self, measures: dict[str, float]) -> list[Symptom] | None:
-        """What is wrong in the measures of one step; None where the task cannot tell."""
+        """Symptoms of failure in the measures of one step; None if the task has no such check."""
         return None
 
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
-        """Pictures of what was learned on these images: name -> (row titles, rows 'b c h w' in [0, 1])."""
+        """Figures of the model's predictions for these images: name -> (row titles, rows 'b c h w' in [0, 1])."""
         return {}
 
     def extra_weights(self) -> dict[str, Tensor]:
-        """What is saved beside the trained encoder, as head.safetensors; nothing for pretext tasks."""
+        """Weights to save beside the trained encoder, as head.safetensors; none for pretext tasks."""
         return {}
 
     def unused_modules(self) -> tuple[str, ...]:
-        """Parts of the encoder that no training step of this task passes through; those that it has are frozen.
+        """Parts of the encoder that this task's training steps do not use; they are frozen where they exist.
 
-        On several ranks DDP waits for a gradient of every trained parameter, and one without any stops the run; on one
-        rank weight decay would shrink it.
+        With several ranks, DDP stops the run if a trained parameter gets no gradient; on one rank, weight decay would
+        shrink it.
         """
         return ("mask_token",)
 
     @property
     def trained_encoder(self) -> Encoder:
-        """The encoder that is saved, probed and exported."""
+        """The encoder to save, probe and export."""
         return self.encoder
 
     # ---- the model -------------------------------------------------------------------------------------------
 
     @property
     def encoder(self) -> Encoder:
-        """The encoder that gradients train."""
+        """The encoder that is trained by gradients."""
         encoder = self.model.encoder
         assert isinstance(encoder, (ViTEncoder, Backbone))
         return encoder
 
     def resolve(self, settings: TaskSettings) -> TaskSettings:
-        """The settings with every null chosen for the run."""
+        """The settings, with every null resolved for the run."""
         run = self.run
         return settings.fitted(run.images_per_epoch, run.global_batch_size, run.total_steps)
 
@@ -176,9 +177,9 @@ class Task(pl.LightningModule):
                 parameter.requires_grad_(False)
 
     def gather_full_copy(self) -> Task:
-        """The task itself, or, where its weights are sharded over ranks (FSDP2), a copy with all of them.
+        """The task itself, or, if its weights are sharded over ranks (FSDP2), a copy with the full weights.
 
-        All ranks must ask for it. The copy draws from torch's random number generator.
+        All ranks must call this. Making the copy advances torch's random number generator.
         """
         weights = self.state_dict()
         if not any(isinstance(value, DTensor) for value in weights.values()):
@@ -188,10 +189,10 @@ class Task(pl.LightningModule):
         return copy.to(self.device).train(self.training)
 
     def start_from(self, start: Encoder, source: str) -> None:
-        """Begin with a trained encoder's weights; what is not as it was is adapted and said (start.py).
+        """Start from a trained encoder's weights; differences are adapted and logged (start.py).
 
         Raises:
-            ValueError: It is of another architecture, or cannot be adapted.
+            ValueError: The architecture differs, or the weights cannot be adapted.
         """
         begin_with(self.encoder, start, source, adaptable(start.settings))
 
@@ -207,7 +208,7 @@ class Task(pl.LightningModule):
         return output.objective
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
-        """The task's own loss on images that it does not train on, with the same random numbers every time."""
+        """The task's loss on validation images, with the same random numbers every time."""
         if not batch.valid.all() and batch.valid.any():
             batch = batch.rows(batch.valid)
         batch.first_row = batch_idx * len(batch)
@@ -217,10 +218,10 @@ class Task(pl.LightningModule):
         return output.metrics["loss"]
 
     def on_fit_start(self) -> None:
-        """Refuse a Trainer that would take other steps than the run plan says; on a CPU, keep memory for the next step.
+        """Refuse a Trainer that disagrees with the run plan; on a CPU, keep freed memory for the next step.
 
         Raises:
-            ValueError: Its accumulation, its processes or its length differ.
+            ValueError: Its accumulation, number of processes, gradient clipping or length differ.
         """
         trainer, run = self.trainer, self.run
         if trainer.accumulate_grad_batches != run.accumulation_steps:
@@ -251,17 +252,18 @@ class Task(pl.LightningModule):
             keep_freed_memory()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Plain `(images, labels)` or images, as other data sets' loaders give them, become a Batch."""
+        """Convert plain `(images, labels)` or images, as from other data loaders, to a Batch."""
         return batch if isinstance(batch, Batch) else as_batch(batch)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Prepare a micro-batch: seed torch's generators, and begin a step with its first one.
+        """Prepare a micro-batch: seed torch's generators, and begin a step if it is the first of the step.
 
-        Dropout draws from torch's own generators. The key names the step and the micro-batch's first row in the global
-        batch, so micro-batches and ranks drop different units, and a resumed run drops those of one that never stopped.
+        Dropout uses torch's own generators. The seed depends on the step and on the micro-batch's first row in the
+        global batch, so that micro-batches and ranks drop different units, and a resumed run drops the same units as
+        an uninterrupted one.
 
         Raises:
-            ValueError: A loader's batches are of another size than the run plan says; only the last may be smaller.
+            ValueError: The loader's batch size differs from the run plan; only the last batch may be smaller.
         """
         if batch.first_row < 0:
             run, micro_step = self.run, batch_idx % self.run.accumulation_steps
@@ -281,26 +283,26 @@ class Task(pl.LightningModule):
             self.guard.begin_step()
 
     def seed_dropout(self, batch: Batch, step: int) -> None:
-        """Set torch's generators for the forward pass of a micro-batch."""
+        """Seed torch's generators for the forward pass of a micro-batch."""
         rng.seed_torch(self.run.seed, step, "torch", batch.first_row)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """A loss that is not finite makes every gradient so, on every rank, and the step is skipped."""
+        """Backpropagate through the guard: if the loss is not finite on any rank, the step is skipped on all."""
         self.guard.backward(loss)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip where the recipe says so, and record the norm over all weights that move before that."""
+        """Clip as configured, and record the global norm of the gradients of all updated weights before clipping."""
         if self.global_step < self.frozen_encoder_steps:
             for parameter in self.encoder.parameters():
-                parameter.grad = None  # the optimizer passes it by, moments and decay included
+                parameter.grad = None  # so that the optimizer skips it, including moments and weight decay
         self.guard.check_gradients(optimizer, self.global_step + 1)
         assert self.guard.grad_norm is not None
         self.records["train/grad_norm"] = [self.guard.grad_norm]
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """One update at the rate of this step. Lightning calls this once per global batch, not per micro-batch."""
+        """One update at this step's learning rate. Lightning calls this once per global batch, not per micro-batch."""
         step = self.global_step
         lr, weight_decay = self.lr_at(step), self.weight_decay_at(step)
         for group in optimizer.param_groups:
@@ -308,38 +310,38 @@ class Task(pl.LightningModule):
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
         self.records["lr"] = [torch.tensor(lr, dtype=torch.float64)]
         optimizer.step(closure=optimizer_closure)
-        self.zero_grad(set_to_none=True)  # now, and not beside the activations of the next forward pass
+        self.zero_grad(set_to_none=True)  # now, so that gradients do not add to the next step's activations in memory
         self.guard.end_step()
         self.after_update(step, self.guard.skip)
 
     def after_update(self, step: int, skip: Tensor) -> None:
-        """What else moves once per update, such as a moving average of the weights.
+        """Further changes once per update, such as a moving average of the weights.
 
         Args:
             step: Number of the update, counted from zero.
-            skip: 1 where the step was skipped, so that nothing may move, else 0; a number on the device.
+            skip: 1 if the step was skipped, so that nothing may change, else 0; a tensor on the device.
         """
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Send the records of a step to Lightning's loggers and callbacks when they are due."""
+        """Log the records of a step to Lightning's loggers and callbacks when they are due."""
         trainer = self.trainer
         is_due = self.global_step % cast(Any, trainer).log_every_n_steps == 0 or trainer.is_last_batch
-        if not is_due or self.global_step == self._current_step:  # more micro-batches of this step are to come
+        if not is_due or self.global_step == self._current_step:  # the step has more micro-batches
             return
         metrics = {name: torch.stack([v.to(self.device, torch.float32) for v in values]).mean()
                    for name, values in self.records.items()}  # fmt: skip
-        metrics["step"] = torch.tensor(float(self.global_step), device=self.device)  # loggers count from one, as we do
+        metrics["step"] = torch.tensor(float(self.global_step), device=self.device)  # steps are logged from one
         self.log_dict(metrics, batch_size=len(batch), sync_dist=trainer.world_size > 1)
 
-    # ---- weights move ----------------------------------------------------------------------------------------
+    # ---- optimizer and schedules -----------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, its rates set step by step."""
+        """AdamW; `optimizer_step` sets its learning rates in every step."""
         first, second = self.optim.betas
         return torch.optim.AdamW(self.parameter_groups(), lr=self.lr_at(0), betas=(first, second), fused=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Which weights decay, and by which factor of the learning rate they move."""
+        """Parameter groups by weight decay and by the factor of the learning rate."""
         optim, spared = self.optim, self.spared_from_decay
         named = [
             (name.removeprefix("encoder.") if name.startswith("encoder.") else f"behind.{name}", parameter)
@@ -349,18 +351,18 @@ class Task(pl.LightningModule):
 
     @property
     def frozen_encoder_steps(self) -> int:
-        """Updates at the start in which the encoder keeps its weights."""
+        """Number of updates at the start in which the encoder is frozen."""
         return round((self.optim.freeze_encoder_epochs or 0) * self.run.steps_per_epoch)
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of the update number `step`, counted from zero."""
+        """Learning rate of update number `step`, counted from zero."""
         curve = self.peak_lr, self.optim.min_lr, self.warmup_steps, self.run.total_steps
         if self.optim.lr_schedule == "wsd":
             return warmup_stable_decay(step, *curve, self.optim.cooldown_fraction * self.run.total_steps)
         return warmup_cosine(step, *curve, twice_at_peak=self.twice_at_peak)
 
     def weight_decay_at(self, step: int) -> float:
-        """Weight decay of the update number `step`."""
+        """Weight decay of update number `step`."""
         if self.optim.final_weight_decay is None:
             return self.optim.weight_decay
         return cosine(step, self.optim.weight_decay, self.optim.final_weight_decay, self.run.total_steps)
@@ -368,13 +370,13 @@ class Task(pl.LightningModule):
     # ---- random numbers --------------------------------------------------------------------------------------
 
     def uniform(self, purpose: str, batch: Batch, columns: int, step: int) -> Tensor:
-        """Uniform numbers 'b columns' of a step: the batch's rows of one table for the whole global batch."""
+        """Uniform random numbers 'b columns': this batch's rows of a table for the global batch of a step."""
         first, device = batch.first_row, batch.views[0].device
         rows = torch.arange(first, first + len(batch), device=device)
         return rng.uniform_on((self.run.seed, step, purpose), rows, columns).float()
 
     def path_noise(self, batch: Batch, step: int, views: int = 1) -> Tensor | None:
-        """Numbers for stochastic depth, 'branches (views b)', or None where the encoder has none or is evaluated."""
+        """Uniform random numbers for stochastic depth, 'branches (views b)'; None without it or in evaluation mode."""
         if not (self.encoder.settings.drop_path and self.training):
             return None
         noise = self.uniform("drop path", batch, views * 2 * self.encoder.settings.depth, step)
@@ -383,11 +385,11 @@ class Task(pl.LightningModule):
     # ---- records ---------------------------------------------------------------------------------------------
 
     def record(self, name: str, value: Tensor) -> None:
-        """Keep a number of this micro-batch; it is averaged over the global batch when a line is due."""
-        self.records[name].append(value.detach().clone())  # the next replay of a CUDA graph may write over it
+        """Record a number of this micro-batch; logging averages it over the global batch."""
+        self.records[name].append(value.detach().clone())  # the next replay of a CUDA graph may overwrite it
 
     def _log_features(self, output: StepOutput) -> None:
-        """Keep what the health check looks at (train/callbacks/health.py)."""
+        """Record the inputs of the health check (train/callbacks/health.py)."""
         logged = self.logged_features
         logged["features"].append(output.features.detach())
         for name, value in output.references.items():
@@ -401,13 +403,13 @@ class Task(pl.LightningModule):
     # ---- checkpoints -----------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which weights are the trained encoder's, and of which architecture it is."""
+        """Store the prefix of the trained encoder's weights, and its architecture."""
         names = [name for name, module in self.named_modules() if module is self.trained_encoder]
         checkpoint["sslvit"] = {"encoder": describe_encoder(self.trained_encoder), "prefix": names[0] + "."}
 
 
 def as_batch(batch: Any) -> Batch:
-    """A Batch of images, of `(images, labels)`, or of `(views, labels)` with a list of views."""
+    """Make a Batch from images, from `(images, labels)`, or from `(views, labels)` with a list of views."""
     images, labels = (batch[0], batch[1] if len(batch) > 1 else None) if isinstance(batch, Sequence) else (batch, None)
     views = list(images) if isinstance(images, Sequence) else [images]
     if not all(isinstance(view, Tensor) and view.ndim == 4 for view in views):

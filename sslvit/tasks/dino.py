@@ -1,4 +1,4 @@
-"""Self-distillation with no labels as a Lightning module (Caron et al. 2021); the networks are in models/dino.py."""
+"""DINO, self-distillation with no labels (Caron et al. 2021), as a Lightning module; the model is in models/dino.py."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from sslvit.settings import DINOSettings, EncoderSettings
 from sslvit.tasks.base import StepOutput, Task
 from sslvit.tasks.symptoms import MIN_IMAGES, STUCK_FRACTION, Symptom, feature_symptoms, lr_in_words
 
-EVEN_FRACTION = 0.98  # entropy over ln K from which the teacher counts as even
-MAX_PROTOTYPE_FRACTION = 0.9  # of the images in one prototype, from which it counts as the only one
+EVEN_FRACTION = 0.98  # fraction of the maximal entropy ln K above which the teacher's output counts as uniform
+MAX_PROTOTYPE_FRACTION = 0.9  # fraction of images in one prototype above which the teacher counts as collapsed
 
 
 class DINO(Task):
-    """A student learns to name crops as its own average, the teacher, names them; arguments as of Task."""
+    """A student learns the output of a teacher, its moving average, on other crops; arguments as for Task."""
 
     settings_class: ClassVar = DINOSettings
     view_kinds: ClassVar[tuple[str, ...]] = ("multi_crop",)
-    loss_shows_learning: ClassVar[bool] = False  # its target, the teacher, learns, too
+    loss_shows_learning: ClassVar[bool] = False  # its target, the teacher, changes too
     twice_at_peak: ClassVar[bool] = True
     needs_tokens: ClassVar[str | None] = None
     settings: DINOSettings
@@ -42,13 +42,13 @@ class DINO(Task):
 
     @property
     def trained_encoder(self) -> Encoder:
-        """The teacher: it is the better of the two throughout training (section 5.2)."""
+        """The teacher, which is better than the student throughout training (section 5.2)."""
         return self.model.teacher
 
     def compute(self, batch: Batch, step: int) -> StepOutput:
-        """The cross-entropy of all pairs of views, and KoLeo where it is wanted."""
+        """The cross-entropy of all pairs of views, plus KoLeo if configured."""
         views = batch.views  # v times b c h w, the global ones first
-        # a tensor, so that a compiled loss is the same program at every temperature
+        # a tensor, so that a compiled loss is not recompiled for every temperature
         teacher_temp = torch.full((), self.teacher_temp_at(step), dtype=views[0].dtype, device=views[0].device)
         losses: DINOLosses = self.loss_fn(views, teacher_temp, self.path_noise(batch, step, len(views)))
         objective, metrics = losses.loss, {"loss": losses.loss}
@@ -57,29 +57,29 @@ class DINO(Task):
         return StepOutput(objective, metrics, losses.features, losses.probs)
 
     def after_update(self, step: int, skip: Tensor) -> None:
-        """Move the teacher and the center, once per update, however many micro-batches it has."""
+        """Update the teacher and the center, once per optimizer step, for any number of micro-batches."""
         momentum = self.momentum_at(step)
         ema_update(self.model.teacher, self.model.encoder, momentum, skip)
         ema_update(self.model.teacher_head, self.model.head, momentum, skip)
         self.model.update_center(skip)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        """As of Task; the prototypes stay as they are in the first steps."""
+        """As in Task; the prototypes are frozen in the first steps."""
         super().configure_gradient_clipping(*args, **kwargs)
         if self.global_step < self.frozen_steps:
             for parameter in self.model.head.last_layer.parameters():
-                parameter.grad = None  # the optimizer passes it by, moments and decay included
+                parameter.grad = None  # so that the optimizer skips it, including moments and weight decay
 
     @property
     def frozen_steps(self) -> int:
-        """Updates in which the prototypes stay; a run that is shorter than its recipe gives them a quarter at most."""
+        """Number of updates with frozen prototypes: at most a quarter of the run, in case it is very short."""
         steps = round(self.settings.freeze_last_layer * self.run.steps_per_epoch)
         return min(steps, self.run.total_steps // 4)
 
     # ---- schedules -------------------------------------------------------------------------------------------
 
     def momentum_at(self, step: int) -> float:
-        """Momentum of the teacher at the update number `step` (section 3.1, "Teacher network")."""
+        """Momentum of the teacher at update number `step` (section 3.1, "Teacher network")."""
         momentum = self.settings.momentum
         assert momentum is not None
         return cosine(step, momentum, self.settings.final_momentum, self.run.total_steps)
@@ -98,7 +98,7 @@ class DINO(Task):
     # ---- health ----------------------------------------------------------------------------------------------
 
     def symptoms(self, measures: dict[str, float]) -> list[Symptom]:
-        """A teacher that is too even or has one prototype for all, a student that is stuck, features without rank."""
+        """A uniform teacher, one prototype for all images, a student that does not learn, or features of low rank."""
         lr = lr_in_words(self.optim)
         entropy, loss, share = (measures[key] for key in ("teacher_entropy", "loss", "largest_prototype_share"))
         most = entropy + measures["teacher_uniform_kl"]  # ln K
@@ -118,6 +118,6 @@ class DINO(Task):
         return feature_symptoms(measures, self.optim)
 
     def start_from(self, start: Encoder, source: str) -> None:
-        """As of Task; the teacher starts from the same weights."""
+        """As in Task; the teacher starts from the same weights."""
         super().start_from(start, source)
         self.model.teacher.load_state_dict(self.model.encoder.state_dict())

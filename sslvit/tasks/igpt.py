@@ -1,4 +1,4 @@
-"""Generative pretraining from pixels as a Lightning module (Chen et al. 2020); the network is in models/igpt.py."""
+"""iGPT, generative pretraining from pixels (Chen et al. 2020), as a Lightning module; the model is models/igpt.py."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.base import StepOutput, Task
 from sslvit.tasks.symptoms import Symptom, trivial_symptoms
 
-COMPLETIONS = 2  # of each image in a run's pictures
+COMPLETIONS = 2  # of each image in a run's figures
 
 
 class IGPT(Task):
-    """Predict the palette color of pixels; arguments as of Task."""
+    """Predict the palette colors of pixels; arguments as for Task."""
 
     settings_class: ClassVar = IGPTSettings
     needs_tokens: ClassVar[str | None] = "iGPT predicts each pixel from those before it, one token each"
@@ -45,24 +45,24 @@ class IGPT(Task):
         return StepOutput(found.loss, metrics, found.features, references=references)
 
     def mask_noise(self, batch: Batch, step: int) -> Float[Tensor, "b n"] | None:
-        """For the BERT objective one number per pixel; None where every pixel counts."""
+        """For the BERT objective, one uniform random number per pixel; None if every pixel is predicted."""
         if self.settings.objective == "autoregressive":
             return None
         rows, columns = batch.views[0].shape[2:]
         return self.uniform("mask", batch, rows * columns, step)
 
     def symptoms(self, measures: dict[str, float]) -> list[Symptom]:
-        """A model that has learned how frequent colors are and nothing else, or features without rank."""
+        """A model that has learned nothing but the frequencies of colors, or features of low rank."""
         guess = "guessing each pixel by how frequent colors are"
         return trivial_symptoms(measures, "unigram_entropy", guess, self.optim)
 
     def unused_modules(self) -> tuple[str, ...]:
-        """Nothing is pooled, and only the BERT objective hides pixels."""
+        """iGPT does not pool, and only the BERT objective hides pixels."""
         return ("fc_norm",) if self.settings.objective == "bert" else ("fc_norm", "mask_token")
 
     @torch.no_grad()
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
-        """Images from nothing and completed lower halves; with the BERT objective, hidden pixels filled in."""
+        """Unconditional samples and completed lower halves; with the BERT objective, hidden pixels filled in."""
         images, encoder, head = batch.views[0], self.model.encoder, self.model.head
         noise = self.mask_noise(batch, self.global_step)
         if noise is not None:

@@ -1,4 +1,4 @@
-"""Masked autoencoding as a Lightning module (He et al. 2022); the network and its loss are in models/mae.py."""
+"""MAE, masked autoencoding (He et al. 2022), as a Lightning module; the model and its loss are in models/mae.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIGURE_IMAGES = 8
 
 
 class MAE(Task):
-    """Reconstruct hidden patches from a few visible ones; arguments as of Task."""
+    """Reconstruct hidden patches from a few visible ones; arguments as for Task."""
 
     settings_class: ClassVar = MAESettings
     needs_tokens: ClassVar[str | None] = "MAE encodes the visible patches alone, and a decoder puts the others in"
@@ -34,10 +34,10 @@ class MAE(Task):
         return MAEModel(self.settings, encoder)
 
     def start_from(self, start: Encoder, source: str) -> None:
-        """Begin with a trained encoder's weights, and with the decoder beside it where that is of these settings.
+        """Start from a trained encoder's weights, and from the decoder beside it if its settings agree.
 
         Raises:
-            ValueError: As of Task.
+            ValueError: As in Task.
         """
         super().start_from(start, source)
         begin_decoder(self.model, start.settings, source)
@@ -52,11 +52,11 @@ class MAE(Task):
         return StepOutput(found.loss, {"loss": found.loss}, found.features, references=references)
 
     def symptoms(self, measures: dict[str, float]) -> list[Symptom]:
-        """A decoder that predicts the mean patch, or features without rank."""
+        """A decoder that predicts the mean patch, or features of low rank."""
         return trivial_symptoms(measures, "target_variance", "predicting the mean patch everywhere", self.optim)
 
     def unused_modules(self) -> tuple[str, ...]:
-        """Nothing is pooled, and the decoder's mask token stands for hidden patches."""
+        """MAE does not pool, and it uses the decoder's mask token."""
         return ("mask_token", "fc_norm")
 
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
@@ -68,7 +68,7 @@ class MAE(Task):
 def reconstruction_rows(
     model: MAEModel, images: Float[Tensor, "b c h w"], seed: int = 0
 ) -> tuple[list[str], list[np.ndarray]]:
-    """Titles and rows of a picture: the input, the input with hidden patches gray, and the reconstruction."""
+    """Titles and rows of a figure: the input, the input with hidden patches gray, and the reconstruction."""
     rows, columns = model.grid_of(images)
     noise = rng.uniform((seed, 0, "figure"), np.arange(len(images)), rows * columns)
     filled, is_hidden = model.reconstruct(images, torch.from_numpy(noise).to(images.device))

@@ -1,4 +1,4 @@
-"""Complete models, with what training puts behind the encoder: from released weights and from runs, and back."""
+"""Complete models, including decoders and heads: loaded from released weights and runs, and converted back."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ logger = logging.getLogger(__name__)
 
 
 class HeadsNotStated(ValueError):
-    """A file tells nothing of attention heads, and neither does the caller."""
+    """Neither the file nor the caller states the number of attention heads."""
 
 
 def load_mae(
     source: str | Path, heads: int | None = None, decoder_heads: int | None = None, **settings: Any
 ) -> MAEModel:
-    """MAE with its decoder, from a run, a folder of transformers, or a released file.
+    """Load MAE with its decoder from a run, a folder of transformers, or a released file.
 
     Args:
         source: A run folder of MAE or its checkpoint, a folder of transformers' ViTMAEForPreTraining, or a released
-            file with the decoder in it (mae_pretrain_vit_..._full.pth).
-        heads: Attention heads of the encoder, which a released file does not state.
+            file that includes the decoder (mae_pretrain_vit_..._full.pth).
+        heads: Attention heads of the encoder, for a released file, which does not state them.
         decoder_heads: Attention heads of the decoder, likewise.
-        settings: Other fields of MAESettings, in place of those that the source states.
+        settings: Other fields of MAESettings, which override those of the source.
 
     Raises:
-        FileNotFoundError: Nothing is there.
-        ValueError: The source holds no decoder, states the heads that are given, or does not state those that are not.
+        FileNotFoundError: The source does not exist.
+        ValueError: The source has no decoder, or heads are given although it states them, or missing although it does
+            not.
     """
     path = find_encoder(source, by_network=True)
     given = {"heads": heads, "decoder_heads": decoder_heads}
@@ -71,7 +72,7 @@ def mae_from_state(state: dict[str, Tensor], heads: int, decoder_heads: int, **s
 
 
 def _mae_from_transformers(path: Path, settings: dict[str, Any]) -> MAEModel:
-    """A ViTMAEForPreTraining from its folder."""
+    """Load a ViTMAEForPreTraining from its folder."""
     if (kind := model_type(path)) != "vit_mae":
         raise ValueError(f"{path}: a {brief(kind)}, which has no decoder of MAE. Give a ViTMAEForPreTraining.")
     state = unwrap(read_folder_weights(path), str(path)).everything
@@ -83,7 +84,7 @@ def _mae_from_transformers(path: Path, settings: dict[str, Any]) -> MAEModel:
 def decoder_beside(source: str | Path) -> tuple[MAESettings, dict[str, Tensor]] | None:
     """Settings and weights of the decoder in a folder of transformers' ViTMAEForPreTraining; None for other sources.
 
-    A released file of MAE has a decoder too, but does not state its heads and its target.
+    A released file of MAE has a decoder too, but does not state its heads or its target.
     """
     path = find_encoder(source) if hub.is_name(source) or Path(source).exists() else Path(source)
     if not is_folder(path) or model_type(path) != "vit_mae":
@@ -96,7 +97,7 @@ def decoder_beside(source: str | Path) -> tuple[MAESettings, dict[str, Tensor]] 
 
 
 def _mae_from_run(content: dict[str, Any], path: Path, settings: dict[str, Any]) -> MAEModel:
-    """The model of a run of MAE, from its checkpoint."""
+    """Load the model of an MAE run from its checkpoint."""
     encoder_settings, encoder, others = split_checkpoint(content, path)
     parameters = content.get("hyper_parameters")
     stated = parameters.get("task") if isinstance(parameters, dict) else None
@@ -117,7 +118,7 @@ def _mae(
     encoder_settings: EncoderSettings, encoder: dict[str, Tensor], decoder: dict[str, Tensor], stated: dict[str, Any],
     source: str,
 ) -> MAEModel:  # fmt: skip
-    """A model of these weights, whose shapes are compared with what is stated before memory is taken for it."""
+    """Make a model with these weights; their shapes are compared with the settings before memory is allocated."""
     check_fits(encoder_settings, encoder, source)
     settings = _mae_settings(stated, source)
     for key, value in mae.decoder_shape(decoder).items():
@@ -131,7 +132,7 @@ def _mae(
 
 
 def mae_to_state(model: MAEModel) -> dict[str, Tensor]:
-    """The weights under the names of the released checkpoints."""
+    """The model's weights under the names of the released checkpoints."""
     weights = model.state_dict()
     extras = {key: value for key, value in weights.items() if key.startswith("decoder.")}
     encoder = {key.removeprefix("encoder."): weights[key] for key in weights if key not in extras}
@@ -139,15 +140,15 @@ def mae_to_state(model: MAEModel) -> dict[str, Tensor]:
 
 
 def load_dino(path: str | Path, heads: int, **settings: Any) -> DINOModel:
-    """DINO's released full checkpoint: student, teacher and their heads.
+    """Load DINO's released full checkpoint: student, teacher and their heads.
 
     Args:
-        path: A file with both networks in it (..._full_checkpoint.pth).
+        path: A file that contains both networks (..._full_checkpoint.pth).
         heads: Attention heads of the encoder, which the file does not state.
         settings: Other fields of DINOSettings.
 
     Raises:
-        ValueError: The file does not hold both networks with their heads.
+        ValueError: The file does not contain both networks with their heads.
     """
     content = read_torch_file(Path(path))
     if not {"student", "teacher"} <= content.keys():
@@ -171,16 +172,16 @@ def dino_from_state(student: dict[str, Tensor], teacher: dict[str, Tensor], head
 
 
 def load_igpt(source: str | Path, heads: int | None = None, **changes: Any) -> IGPTModel:
-    """A model of pixels with its output matrix, from a run folder, its checkpoint, or a released file.
+    """Load a model of pixels with its output matrix from a run folder, its checkpoint, or a released file.
 
     Args:
         source: A folder or a file: transformers' weights, or the TensorFlow variables as arrays (.npz).
-        heads: Attention heads of a released file; None for those of the released sizes.
-        changes: Settings that a released file does not state; `palette` must be among them.
+        heads: Attention heads of a released file; None to look them up by the released sizes.
+        changes: Settings that a released file does not state; `palette` is required.
 
     Raises:
-        FileNotFoundError: Nothing is there.
-        ValueError: It was not trained by iGPT to predict the next pixel, or a released file's palette is not given.
+        FileNotFoundError: The source does not exist.
+        ValueError: The model does not predict the next pixel, or the palette of a released file is missing.
     """
     path = zoo.find(str(source)) if zoo.is_name(source) else Path(source)
     if path.is_dir():
@@ -211,7 +212,7 @@ def load_igpt(source: str | Path, heads: int | None = None, **changes: Any) -> I
 
 
 def igpt_from_state(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> IGPTModel:
-    """The released model from a state dict in memory; `changes` as of `load_igpt`."""
+    """Load the released model from a state dict in memory; `changes` as for `load_igpt`."""
     if not openai_igpt.recognize(set(state)):
         raise ValueError(f"not iGPT's weights ({', '.join(sorted(state)[:3])}, ...).")
     converted = openai_igpt.to_sslvit(state, heads, **changes)
@@ -223,7 +224,7 @@ def igpt_from_state(state: dict[str, Tensor], heads: int | None = None, **change
 
 
 def _igpt(settings: EncoderSettings, encoder: dict[str, Tensor], head: Tensor) -> IGPTModel:
-    """A trained encoder and output matrix, in evaluation mode."""
+    """Make a model from a trained encoder and output matrix, in evaluation mode."""
     check_fits(settings, encoder, "iGPT")
     model = IGPTModel(IGPTSettings(), settings)
     load_strict(model.encoder, encoder, "iGPT")

@@ -1,4 +1,4 @@
-"""A trained encoder's weights as the beginning of a run: what differs is adapted and said, or refused."""
+"""Start a run from a trained encoder's weights: differences are adapted and logged, or refused."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from sslvit.tasks.released import decoder_beside
 
 logger = logging.getLogger(__name__)
 
-CLOSE = 1e-4  # of a position table to the fixed one, whose entries are up to 1
-# what the weights were trained with and the run may do otherwise; its own settings hold
+CLOSE = 1e-4  # tolerance for entries of a position table, which are at most 1, to equal the fixed table
+# settings of the trained encoder that the run may change; the run's own apply
 READINGS = ("mean", "std", "interpolation", "crop_mode", "crop_fraction", "pooling", "feature_layer", "feature_norm",
             "interpolate_antialias", "interpolate_offset")  # fmt: skip
 
 
 def adaptable(there: EncoderSettings) -> tuple[str, ...]:
-    """Settings of a trained encoder that may differ in the run: sizes, and what its patch embedding takes."""
+    """Settings of a trained encoder that may differ in the run: image size, patch size and channels."""
     if there.backbone is not None:
         return ("image_size",)
     return ("image_size", "patch", "channels") if there.tokens == "patch" else ("image_size",)
@@ -36,17 +36,17 @@ def adaptable(there: EncoderSettings) -> tuple[str, ...]:
 def begin_with(
     encoder: Encoder, start: Encoder, source: str, besides: tuple[str, ...] = (), ends: tuple[str, ...] = ()
 ) -> None:
-    """Load a trained encoder's weights into a new one, and say what is not as it was.
+    """Load a trained encoder's weights into a new one, and log what changed.
 
     Args:
-        encoder: The run's encoder, with its first weights.
-        start: the trained one.
-        source: where that comes from, for messages.
+        encoder: The run's encoder, with initial weights.
+        start: the trained encoder.
+        source: the origin of the trained encoder, for messages.
         besides: settings that may differ (compatibility.check_same).
-        ends: parts of the new encoder, as prefixes of names, that may have no weights in the trained one.
+        ends: prefixes of names in the new encoder that may have no weights in the trained one.
 
     Raises:
-        ValueError: another architecture, or positions that the new encoder does not hold.
+        ValueError: another architecture, or positions that the new encoder cannot represent.
     """
     there, here = start.settings, encoder.settings
     check_same(there, here, source, besides=besides)
@@ -75,12 +75,13 @@ def begin_with(
 
 
 def begin_decoder(model: MAEModel, start: EncoderSettings, source: str) -> None:
-    """Take over the decoder that a source holds beside its encoder where the settings of both agree, and say so.
+    """Load the decoder that comes with a source's encoder if the settings of both agree, and log it.
 
     Args:
-        model: The run's network, with its first weights.
+        model: The run's model, with initial weights.
         start: settings of the source's encoder.
-        source: where that comes from; only a folder of transformers' ViTMAEForPreTraining states all of a decoder.
+        source: the origin of the encoder; only a folder of transformers' ViTMAEForPreTraining states all settings of a
+            decoder.
     """
     found = decoder_beside(source)
     if found is None:
@@ -100,7 +101,7 @@ def begin_decoder(model: MAEModel, start: EncoderSettings, source: str) -> None:
 
 
 def _decoder_settings(task: MAESettings, encoder: EncoderSettings) -> dict[str, Any]:
-    """What decides whether a decoder's weights are those of a run, by dotted key."""
+    """Settings that must agree for a run to use a decoder's weights, by dotted key."""
     fields = ("decoder_width", "decoder_depth", "decoder_heads", "target", "hog_weight")
     found = {f"task.{key}": getattr(task, key) for key in fields}
     found |= {f"encoder.{key}": getattr(encoder, key) for key in ("patch", "channels")}
@@ -108,12 +109,12 @@ def _decoder_settings(task: MAESettings, encoder: EncoderSettings) -> dict[str, 
 
 
 def changes_in_words(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Settings that differ, as 'task.target raw -> normalized'."""
+    """Settings that differ, such as 'task.target raw -> normalized'."""
     return [f"{key} {brief(before.get(key))} -> {brief(now[key])}" for key in now if before.get(key) != now[key]]
 
 
 def _adapt_patches(given: dict[str, Tensor], there: EncoderSettings, here: EncoderSettings) -> list[str]:
-    """Notes on a patch embedding for other patches or channels, which takes the place of the given one."""
+    """Convert the patch embedding in `given` to other patches or channels; returns notes on it."""
     notes, key = [], "patch_embed.proj.weight"
     if there.channels != here.channels:
         given[key] = convert_channels(given[key], here.channels)
@@ -128,10 +129,10 @@ def _adapt_patches(given: dict[str, Tensor], there: EncoderSettings, here: Encod
 def _adapt_positions(
     given: dict[str, Tensor], fresh: dict[str, Tensor], there: str, here: str, source: str
 ) -> list[str]:
-    """Notes on a table of another kind; a fixed table stays the run's own, and only weights that hold it fit.
+    """Adapt a position table of another kind in `given`; returns notes on it. A fixed table must equal the run's own.
 
     Raises:
-        ValueError: the weights' table is another one than the run's fixed one.
+        ValueError: the table in the weights differs from the run's fixed one.
     """
     if there == here or here not in POSITION_TABLES:
         return []

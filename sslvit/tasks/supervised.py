@@ -1,8 +1,8 @@
-"""Training with labels: fine-tuning of a pretrained encoder, and the same from scratch as its baseline.
+"""Training with labels: fine-tuning of a pretrained encoder, and training from scratch as its baseline.
 
-MAE's fine-tuning (He et al. 2022, appendix A.1; random erasing is in the released code alone): AdamW with rates that
-fall from the head to the patches, stochastic depth, RandAugment (in the view), mixup, CutMix, random erasing, label
-smoothing, a linear head on the pooled tokens.
+MAE's fine-tuning (He et al. 2022, appendix A.1; random erasing only in the released code): AdamW with layer-wise
+learning rate decay, stochastic depth, RandAugment (in the view), mixup, CutMix, random erasing, label smoothing, and a
+linear head on the pooled tokens.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from sslvit.tasks.base import StepOutput, Task
 from sslvit.tasks.start import adaptable, begin_with
 from sslvit.tasks.symptoms import STUCK_FRACTION, Symptom, feature_symptoms, lr_in_words
 
-NOT_COMPARED = ("final_norm", "fc_norm", "mask_token", "pooling")  # a fine-tuned encoder may differ here
-ENDS = ("norm.", "fc_norm.", "attn_pool.")  # of the encoder, that may be new
+NOT_COMPARED = ("final_norm", "fc_norm", "mask_token", "pooling")  # settings that fine-tuning may change
+ENDS = ("norm.", "fc_norm.", "attn_pool.")  # prefixes of the encoder's weights that may be new
 
 
 class Supervised(Task):
-    """An encoder and a linear head; arguments as of Task, with `task.classes` known."""
+    """An encoder and a linear head; arguments as for Task, with `task.classes` set."""
 
     settings_class: ClassVar = SupervisedSettings
     spared_from_decay: ClassVar = TOKENS
@@ -43,7 +43,7 @@ class Supervised(Task):
     model: Classifier
 
     def resolve(self, settings: TaskSettings) -> TaskSettings:
-        """The settings as they are: only the data set knows its classes."""
+        """Return the settings unchanged: the number of classes comes from the data set."""
         assert isinstance(settings, SupervisedSettings)
         if settings.classes is None:
             raise ValueError("task.classes: still null. Call SupervisedSettings.fitted first.")
@@ -60,7 +60,7 @@ class Supervised(Task):
         return self.settings.classes
 
     def compute(self, batch: Batch, step: int) -> StepOutput:
-        """The cross-entropy of erased and mixed images, or of whole ones in evaluation mode."""
+        """The cross-entropy of erased and mixed images, or of unchanged ones in evaluation mode."""
         if self.training:
             images, target = self.mix(self.erase(batch, step), batch, step)  # b c h w, b classes
         else:
@@ -69,7 +69,7 @@ class Supervised(Task):
         return StepOutput(found.loss, {"loss": found.loss}, found.features)
 
     def symptoms(self, measures: dict[str, float]) -> list[Symptom]:
-        """A loss that says the same of every class, or features without rank."""
+        """A loss that means equal probabilities for all classes, or features of low rank."""
         loss, even = measures["loss"], math.log(self.classes)
         if abs(loss - even) < STUCK_FRACTION * even:
             seen = f"the loss sits at ln {self.classes} = {even:.3f}: every class is as likely as any other"
@@ -80,14 +80,14 @@ class Supervised(Task):
     # ---- mixing and erasing ----------------------------------------------------------------------------------
 
     def erase(self, batch: Batch, step: int) -> Float[Tensor, "b c h w"]:
-        """A box of some images filled with noise; sampled by seed, epoch and sample."""
+        """Random erasing: a box in some images is filled with noise, seeded by seed, epoch and sample."""
         (images,) = batch.views
         if not self.settings.erase:
             return images
         rows = batch.first_row + np.arange(len(batch))
         is_erased = rng.uniform((self.run.seed, step, "erase"), rows, 1)[:, 0] < self.settings.erase
         (rows,) = np.nonzero(is_erased)
-        # boxes of noise, made where their numbers are drawn, and sent in one piece
+        # noise is drawn on the CPU, and sent to the device in one piece
         noise = torch.full((len(rows), *images.shape[1:]), math.nan, dtype=images.dtype)
         eraser = v2.RandomErasing(p=1.0, value="random")
         for number, row in enumerate(rows):
@@ -101,7 +101,7 @@ class Supervised(Task):
     def mix(
         self, images: Tensor, batch: Batch, step: int
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b classes"]]:
-        """Each image with its neighbor, in one ratio for the micro-batch, sampled by seed, step and its first row."""
+        """Mix each image with its neighbor, in one ratio per micro-batch, seeded by seed, step and first row."""
         makers = [
             kind(alpha=alpha, num_classes=self.classes)
             for kind, alpha in ((v2.MixUp, self.settings.mixup), (v2.CutMix, self.settings.cutmix))
@@ -122,13 +122,13 @@ class Supervised(Task):
     # ---- weights ---------------------------------------------------------------------------------------------
 
     def extra_weights(self) -> dict[str, Tensor]:
-        """The head."""
+        """The head's weights."""
         return {f"head.{key}": value for key, value in self.model.head.state_dict().items()}
 
     def start_from(self, start: Encoder, source: str) -> None:
-        """Begin with a pretrained encoder, positions interpolated to this size; what is behind the blocks may be new.
+        """Start from a pretrained encoder, with positions interpolated; parts after the blocks may be new.
 
         Raises:
-            ValueError: It is of another architecture, or cannot be interpolated.
+            ValueError: The architecture differs, or the positions cannot be interpolated.
         """
         begin_with(self.encoder, start, source, (*adaptable(start.settings), *NOT_COMPARED), ENDS)

@@ -1,4 +1,4 @@
-"""Ways in which training fails, as measured numbers show them; each names the setting to change."""
+"""Symptoms of failed training in measured numbers; each names the setting to change."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from sslvit.results import decimals
 from sslvit.settings import OptimSettings
 
-TRIVIAL_FRACTION = 0.98  # of the loss of a constant guess, from which on nothing else has been learned
-STUCK_FRACTION = 0.002  # of ln K: a loss that close to it says the same of every class
-MIN_FEATURE_STD = 0.01  # standard deviation over images, relative to the features' size
+TRIVIAL_FRACTION = 0.98  # fraction of a constant prediction's loss above which nothing else has been learned
+STUCK_FRACTION = 0.002  # relative distance to ln K below which a loss means equal probabilities for all classes
+MIN_FEATURE_STD = 0.01  # standard deviation over images, relative to the size of the features
 MIN_RANK = 1.5  # effective rank
-MIN_LOSSES = 20  # of a part of the curve that is judged
-MAX_UNSEEN_FALL = 0.02  # of the loss: where noise would hide more, nothing is said
+MIN_LOSSES = 20  # minimal length of a loss curve to judge it
+MAX_UNSEEN_FALL = 0.02  # relative decrease of the loss; if noise could hide a larger one, there is no verdict
 SURE = 2.0  # standard errors
-MIN_IMAGES = 16  # below which a batch says nothing about how images differ
+MIN_IMAGES = 16  # smaller batches are not judged by the differences between images
 
 
 @dataclass
@@ -26,9 +26,9 @@ class Symptom:
     """A way in which training fails.
 
     Attributes:
-        name: Short, the same in health.json every time.
-        seen: What was measured, in words.
-        suggestion: Which setting to change.
+        name: Short identifier, as in health.json.
+        seen: The measurement, in words.
+        suggestion: The setting to change.
     """
 
     name: str
@@ -54,12 +54,12 @@ def feature_symptoms(measures: dict[str, float], optim: OptimSettings) -> list[S
 
 
 def trivial_symptoms(measures: dict[str, float], reference: str, guess: str, optim: OptimSettings) -> list[Symptom]:
-    """A loss no better than that of a constant guess, or features without rank.
+    """A loss no better than that of a constant prediction, or features of low rank.
 
     Args:
-        measures: What was measured in one step.
-        reference: Which of them is the loss of the guess.
-        guess: The guess, in words.
+        measures: Measurements of one step.
+        reference: Key of the measurement that is the loss of the constant prediction.
+        guess: The constant prediction, in words.
         optim: Settings of the optimizer.
     """
     loss, trivial = measures["loss"], measures[reference]
@@ -72,10 +72,10 @@ def trivial_symptoms(measures: dict[str, float], reference: str, guess: str, opt
 
 
 def fall_of(losses: Sequence[float]) -> tuple[float, float]:
-    """How far a loss has fallen along the line that fits it best, and the standard error of that.
+    """Decrease of a loss along its least-squares line, and the standard error of the decrease.
 
-    The noise is taken from differences of neighbors, which a trend hardly touches (von Neumann 1941). Neighbors that
-    are alike by chance make it too small, so that a loss rather counts as one that falls.
+    The noise is estimated from differences of neighbors, which a trend hardly affects (von Neumann 1941). Correlated
+    neighbors make the estimate too small, which errs on the side of a falling loss.
     """
     values = np.asarray(losses, np.float64)
     count = len(values)
@@ -85,11 +85,11 @@ def fall_of(losses: Sequence[float]) -> tuple[float, float]:
 
 
 def not_learning(losses: Sequence[float], since: int, optim: OptimSettings) -> Symptom | None:
-    """A loss that has not fallen by more than its noise, where a fall worth the name would stand out of it.
+    """A loss that has not decreased by more than its noise, if the noise is small enough to show a relevant decrease.
 
     Args:
-        losses: Training losses, evenly spaced over the steps that are judged.
-        since: Its first step.
+        losses: Training losses, evenly spaced over the judged steps.
+        since: The first of these steps.
         optim: Settings of the optimizer.
     """
     if len(losses) < MIN_LOSSES:
