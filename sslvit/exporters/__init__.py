@@ -1,4 +1,4 @@
-"""Encoder -> the formats of other libraries, each reopened and compared before success is reported."""
+"""Export encoders to the formats of other libraries; each is reopened and compared before success is reported."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ from sslvit.results import Result
 
 
 class Exporter(Protocol):
-    """A format. A module of this package is an exporter if it has these functions."""
+    """An export format. A module of this package with these functions is an exporter."""
 
     def check(self, exported: Exported, size: str | None) -> bool:
-        """Whether images have one size only. Refuses what it cannot hold; `size` is fixed, dynamic or left to it."""
+        """Whether images have one size only; refuses unsupported encoders. `size`: fixed, dynamic or None (either)."""
 
     def write(self, exported: Exported, folder: Path, is_fixed: bool) -> None:
         """Write the files into an empty folder."""
 
     def reopen(self, folder: Path, exported: Exported) -> Reopened:
-        """What was written, as its own library runs it."""
+        """Load the export in its own library."""
 
     def weights(self, folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Tensors as they should be, and as the library has them, under the same names."""
+        """Expected tensors, and the tensors in the library, under the same names."""
 
     def usage(self, exported: Exported, is_fixed: bool) -> str:
-        """Lines of Python that open it in its own folder and show it photo.jpg there."""
+        """Lines of Python that load the export in its folder and apply it to photo.jpg there."""
 
 
 @runtime_checkable
 class Preprocesses(Protocol):
-    """An exporter whose library prepares images itself."""
+    """An exporter for a library that has its own image preprocessing."""
 
     def preprocessing(self, folder: Path, exported: Exported) -> Callable[[Image], Tensor]:
-        """What the library does to an image on its way in."""
+        """The library's preprocessing of an image."""
 
 
 @runtime_checkable
 class FoldsWeights(Protocol):
-    """An exporter whose program no longer has every tensor under its name, so that outputs must show them."""
+    """An exporter that renames or merges tensors, so that these are verified through the outputs."""
 
     def reopen_with_unit_scale(self, folder: Path, exported: Exported) -> Reopened:
-        """The program with every LayerScale set to one, so that no block is faint."""
+        """The program with every LayerScale set to one, so that every block affects the outputs."""
 
 
 @dataclass(repr=False)
@@ -64,8 +64,8 @@ class Export(Result):
 
     Args:
         path: The folder.
-        verdict: How near its outputs come to the encoder's, which is also in verdict.json.
-        pushed: Address of the commit on the Hugging Face hub that holds it, if it was pushed there.
+        verdict: The comparison with the original encoder, which is also in verdict.json.
+        pushed: Address of the commit on the Hugging Face hub, if it was pushed there.
     """
 
     path: Path
@@ -83,7 +83,7 @@ class Export(Result):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict, and where the export was pushed to."""
+        """The verdict, and the address of the pushed commit."""
         return self.verdict | ({"pushed": self.pushed} if self.pushed else {})
 
 
@@ -95,7 +95,7 @@ EXPORTER_FUNCTIONS = ("check", "write", "reopen", "weights", "usage")
 
 
 def find_exporter(name: str) -> Exporter:
-    """The exporter of a format by name, also of a plugin's."""
+    """Look up an exporter by name, including exporters of plugins."""
     if name in EXPORTERS:
         return EXPORTERS[name]
     exporter: Exporter | None = find_plugin("--format", name)
@@ -121,26 +121,27 @@ def export_encoder(
     """Write an encoder in another library's format, reopen it there and compare its outputs.
 
     Args:
-        source: Anything that load_encoder takes.
+        source: Anything that load_encoder accepts.
         out: The folder to write.
         kind: timm, transformers, onnx, torch or safetensors, or an import path.
         outputs: tokens (the encoder alone), features (pooled), logits (a fine-tuned run's classifier) or reconstruction
-            (the patches that a run of MAE predicts, its decoder included; with transformers alone).
-        size: fixed (images of the training size) or dynamic (any that the patch divides); None for dynamic where timm
-            and transformers resample positions as this encoder does, and for fixed with onnx and torch.
-        weights: student or teacher, of a checkpoint that holds both.
+            (patches predicted by an MAE run, including its decoder; only with transformers).
+        size: fixed (images of the training size) or dynamic (any multiples of the patch). None means dynamic if timm or
+            transformers resamples positions as this encoder does, otherwise fixed; for onnx and torch, it means fixed.
+        weights: student or teacher, for a checkpoint that has both.
         scores: Files of scores for the card.
-        license: The license on the card, in the Hugging Face hub's words.
+        license: The license on the card, by its identifier on the Hugging Face hub.
         overwrite: Whether to replace an earlier export there.
-        overrides: What a released file does not state (layout, heads, image_size, palette).
+        overrides: Settings that a released file does not state (layout, heads, image_size, palette).
 
     Returns:
         The verdict, which is also in verdict.json.
 
     Raises:
-        ValueError: The folder is in use, the format is unknown or cannot hold the encoder, or scores are of another.
-        WriteError: The disk is full or cannot be written to; nothing is left.
-        RuntimeError: What was written gives other outputs, or none; it stays in OUT.part, with the verdict.
+        ValueError: The folder is in use, the format is unknown or does not support the encoder, or scores belong to
+            another encoder.
+        WriteError: The disk is full or not writable; nothing is left behind.
+        RuntimeError: The export failed, or its outputs differ; it stays in OUT.part, with the verdict.
     """
     out, files, license = Path(out), [Path(file) for file in scores], hub_license(license)
     exporter = find_exporter(kind)
@@ -171,7 +172,7 @@ def export_encoder(
 def _write_and_verify(
     exporter: Exporter, exported: Exported, temporary: Path, is_fixed: bool, verdict: dict[str, Any]
 ) -> str:
-    """Write, reopen and compare; the verdict receives the results. Returns why it failed, empty if it did not."""
+    """Write, reopen and compare; adds the results to the verdict. Returns the reason for a failure, else ""."""
     try:
         for stage in track(("write", "reopen", "compare"), "exporting", 3, "stages"):
             if stage == "write":
@@ -188,7 +189,7 @@ def _write_and_verify(
         if isinstance(exporter, Preprocesses) and exported.settings.channels in verify.IMAGE_CHANNELS:
             preprocessing = exporter.preprocessing(temporary, exported)
             verdict["preprocessing"] = verify.compare_preprocessing(exported, preprocessing)
-    except Exception as error:  # of another library: it may raise anything
+    except Exception as error:  # other libraries may raise anything
         if is_write_failure(error):
             raise
         failure = " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,4 +1,4 @@
-"""What a reader of an export must know: card.json for programs, README.md for people."""
+"""The card of an export: card.json for programs, README.md for people."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from sslvit.settings.encoder import crop_words
 
 CARD = ("card.json", "README.md")
 LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "torch": "pytorch"}  # the Hub's names
-OMITTED = ("out", "init", "seed", "online")  # of a run's settings: the author's own paths, and what changes no weight
+OMITTED = ("out", "init", "seed", "online")  # settings of a run that are private paths or not part of the recipe
 
 
 def make_card(
     exported: Exported, source: str | Path, kind: str, is_fixed: bool, scores: list[Path], license: str
 ) -> dict[str, Any]:
-    """Facts about an export; `scores` are files that `sslvit probe -o` and its relatives wrote."""
+    """Facts about an export; `scores` are files written by `sslvit probe -o` and similar commands."""
     settings = exported.settings
     provenance, run = exported.provenance, exported.provenance.get("settings")
     recipe = {key: value for key, value in run.items() if key not in OMITTED} if isinstance(run, dict) else {}
-    # transformers' ImageGPT maps pixels in [-1, 1] to colors, whatever units the encoder's images have
+    # transformers' ImageGPT quantizes pixels in [-1, 1], independent of the encoder's mean and std
     is_palette = kind == "transformers" and settings.tokens == "pixel"
     mean, std = ([0.5] * settings.channels,) * 2 if is_palette else (settings.mean, settings.std)
     # timm and transformers resize to whole pixels before they crop
@@ -56,9 +56,9 @@ def make_card(
 
 
 def known_scores(source: str | Path, files: list[Path], encoder: ViTEncoder | None = None) -> dict[str, Any]:
-    """Name -> content of files of scores: those given, and a fine-tuned run's own.
+    """Name -> content of score files: the given ones, and that of a fine-tuned run.
 
-    Files that name encoders by their fingerprints must name this one, if it is given.
+    If `encoder` is given, files that identify encoders by fingerprints must include its fingerprint.
     """
     finetuned = Path(source) / "scores.json"
     found: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def known_scores(source: str | Path, files: list[Path], encoder: ViTEncoder | No
 
 
 def fingerprints_in(scores: dict[str, Any]) -> dict[str, str]:
-    """Row -> fingerprint of its encoder, for the rows that have one."""
+    """Row -> fingerprint of its encoder, for rows that have one."""
     about = scores.get("about")
     probed = about.get("probed") if isinstance(about, dict) else None
     rows = probed.items() if isinstance(probed, dict) else ()
@@ -91,7 +91,7 @@ def fingerprints_in(scores: dict[str, Any]) -> dict[str, str]:
 
 
 def hub_header(card: dict[str, Any], name: str) -> dict[str, Any]:
-    """What Hugging Face's Hub reads at the top of a card; the license is what its author has said."""
+    """The metadata at the top of a card for Hugging Face's Hub; the license is the one given by the author."""
     is_classifier = card["outputs"] == "logits"
     task = [card["task"]] if card["task"] in TASK_SETTINGS else []
     header: dict[str, Any] = {
@@ -106,7 +106,7 @@ def hub_header(card: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _hub_result(content: dict[str, Any], fingerprint: str) -> dict[str, Any] | None:
-    """This encoder's scores of one file, as the Hub lists them; None where the file does not name it."""
+    """This encoder's scores in one file, in the Hub's format; None if the file does not name the encoder."""
     about = content.get("about")
     data = content.get("val") or (about.get("val") if isinstance(about, dict) else None)
     if isinstance(top1 := content.get("top1"), float):
@@ -126,7 +126,7 @@ def _hub_result(content: dict[str, Any], fingerprint: str) -> dict[str, Any] | N
 
 
 def _plain(text: str) -> str:
-    """A name from a file with nothing in it that a page could take for more."""
+    """A name from a file, without characters that could act as markup."""
     return re.sub(r"[^\w ,.%=()/+-]", "_", printable(text))
 
 
@@ -188,7 +188,7 @@ def _numbers(values: list[float]) -> str:
 
 
 def _scores(file: str, content: dict[str, Any], fingerprint: str) -> list[str]:
-    """The scores of one file as lines: a table if it has rows, with a line on which of them is this encoder's."""
+    """The scores of one file as lines: a table if it has rows, and a line that says which row is this encoder's."""
     top1, images = content.get("top1"), content.get("images")
     if isinstance(top1, float) and isinstance(images, int):
         return [f"- {markdown_text(file)}: {top1:.1f} % right of {images:,} images"]

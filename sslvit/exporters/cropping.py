@@ -1,4 +1,4 @@
-"""The part of an image that evaluation shows, in libraries that resize to whole pixels before they crop."""
+"""The crop used in evaluation, for libraries that resize to whole pixels before they crop."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from sslvit.settings import EncoderSettings
 
 
 def resized_sides(settings: EncoderSettings) -> list[int]:
-    """Height and width that a library resizes to before it keeps the middle: an even number of pixels more.
+    """Height and width that a library resizes to before the center crop: larger by an even number of pixels.
 
-    With an odd number the middle would lie between two pixels, and a library would shift it by half of one.
+    With an odd number, the center would lie between two pixels, and libraries would shift the crop by half a pixel.
     """
     return [side + 2 * round((side / settings.crop_fraction - side) / 2) for side in settings.size]
 
 
 def whole_pixel_fraction(settings: EncoderSettings) -> float:
-    """The crop's fraction in a library that resizes to whole pixels."""
+    """The crop fraction in a library that resizes to whole pixels."""
     return settings.size[0] / resized_sides(settings)[0]
 
 
 def is_fitted(settings: EncoderSettings) -> bool:
-    """Whether images are cropped and resized before transformers' processor, which cannot keep these proportions."""
+    """Whether images must be cropped and resized before transformers' processor, which does not support this crop."""
     if settings.tokens == "pixel":
         return settings.crop_mode != "squash" or settings.crop_fraction < 1
     return settings.crop_mode != "squash" and settings.size[0] != settings.size[1]
 
 
 def fit(image: Image, settings: EncoderSettings) -> Image:
-    """The part of an image that evaluation shows, resized."""
+    """Crop and resize an image as in evaluation."""
     height, width = settings.size
     cut = (1 - whole_pixel_fraction(settings)) / 2
     resampling = Resampling[settings.interpolation.upper()]
@@ -40,13 +40,13 @@ def fit(image: Image, settings: EncoderSettings) -> Image:
 
 
 def open_snippet(settings: EncoderSettings) -> str:
-    """A line of Python that opens a photograph, turned upright, in the encoder's channels."""
+    """A line of Python that opens a photo, upright and with the encoder's channels."""
     mode = "L" if settings.channels == 1 else "RGB"
     return f'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")'
 
 
 def array_snippet(settings: EncoderSettings) -> list[str]:
-    """Lines of Python that make a batch of a photograph, for a program that takes prepared pixels."""
+    """Lines of Python that make a batch from a photo, for a program that expects normalized pixels."""
     if settings.channels not in (1, 3):
         shape = (1, settings.channels, *settings.size)
         return [f"images = np.zeros({shape}, np.float32)  # prepared as below"]

@@ -1,4 +1,4 @@
-"""The folder of an export: written under another name, complete or absent, and replaced without losing files."""
+"""The folder of an export: written under a temporary name, complete or absent, and replaced without losing files."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ IN_PROGRESS = ".export-in-the-making"  # marks a folder that this package may de
 
 
 def is_write_failure(error: BaseException) -> bool:
-    """Whether a write failed. What other libraries raise as OSError without a number is something else."""
+    """Whether writing to the disk failed. An OSError without a number comes from other libraries and does not count."""
     if isinstance(error, OSError) and not isinstance(error, WriteError):
         return error.errno is not None and not isinstance(error, FileNotFoundError)
     if isinstance(error, SafetensorError):
-        return "os error" in str(error)  # and not a file that it cannot read
+        return "os error" in str(error)  # not a malformed file
     return is_disk_error(error)
 
 
 @contextmanager
 def complete_or_removed(temporary: Path) -> Iterator[None]:
-    """Remove a folder if the disk fails, or the process is told to stop, while the block writes it."""
+    """Remove a folder if the disk fails or the process is interrupted while the block writes it."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -37,17 +37,17 @@ def complete_or_removed(temporary: Path) -> Iterator[None]:
             raise
         shutil.rmtree(temporary, ignore_errors=True)
         raise error if isinstance(error, WriteError) else write_error(temporary, error) from error
-    except Exception:  # a failed comparison: what was written stays, to be looked at
+    except Exception:  # after a failed comparison, the folder stays for inspection
         raise
-    except BaseException:  # told to stop
+    except BaseException:  # interrupted
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def check(out: Path, overwrite: bool = False, may_overwrite: bool = True) -> None:
-    """Refuse, before any work, a folder that is in use or cannot be made.
+    """Refuse, before any work, a folder that is in use or cannot be created.
 
-    `may_overwrite` says whether the command has --overwrite.
+    `may_overwrite`: whether the command has an --overwrite option.
     """
     _finish_replacement(out)
     if _replaced(out).exists():
@@ -66,7 +66,7 @@ def check(out: Path, overwrite: bool = False, may_overwrite: bool = True) -> Non
 
 
 def make_temporary(out: Path) -> Path:
-    """An empty folder beside the destination, in the place of what a failed export left there."""
+    """Make an empty folder beside the destination; replaces the remains of a failed export."""
     temporary = out.with_name(f"{out.name}.part")
     is_leftover = temporary.is_dir() and (
         (temporary / IN_PROGRESS).exists() or (temporary / VERDICT).exists() or not any(temporary.iterdir())
@@ -84,9 +84,9 @@ def make_temporary(out: Path) -> Path:
 
 
 def move_into_place(temporary: Path, out: Path) -> None:
-    """Give a finished folder its name; files that others put into an earlier export move over.
+    """Give a finished folder its name; foreign files in an earlier export are moved to the new one.
 
-    The earlier one is renamed first and deleted last, so that nothing of it is lost if this process is killed.
+    The earlier export is renamed first and deleted last, so that nothing is lost if this process is killed.
     """
     (temporary / IN_PROGRESS).unlink()
     if out.exists():
@@ -96,12 +96,12 @@ def move_into_place(temporary: Path, out: Path) -> None:
 
 
 def _replaced(out: Path) -> Path:
-    """The name of an earlier export until the new one has its name."""
+    """The temporary name of an earlier export while it is replaced."""
     return out.with_name(f"{out.name}.replaced")
 
 
 def _finish_replacement(out: Path) -> None:
-    """Delete a replaced export once others' files have moved; rename it back if there is no new one."""
+    """Delete a replaced export after moving foreign files; rename it back if there is no new export."""
     old = _replaced(out)
     if not old.is_dir() or old.is_symlink() or (any(old.iterdir()) and not (old / VERDICT).exists()):
         return
@@ -114,7 +114,7 @@ def _finish_replacement(out: Path) -> None:
 
 
 def _exported_names(folder: Path) -> set[str]:
-    """Names of the files that an export wrote there itself, as far as its verdict can be read."""
+    """Names of the files that the export itself wrote, as far as its verdict can be read."""
     try:
         names = json.loads((folder / VERDICT).read_text()).get("files", [])
     except (OSError, ValueError, AttributeError):
@@ -123,7 +123,7 @@ def _exported_names(folder: Path) -> set[str]:
 
 
 def move_foreign_files(old: Path, new: Path) -> None:
-    """Move what others put into an earlier export."""
+    """Move files that are not part of an earlier export to the new one."""
     exported = _exported_names(old)
     for path in old.iterdir():
         if path.name not in exported and not (new / path.name).exists():

@@ -1,4 +1,4 @@
-"""What an export computes, as one module: images -> tokens, features, logits or MAE's predicted patches."""
+"""The exported function as one module: images -> tokens, features, logits or MAE's predicted patches."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from sslvit.tasks.released import HeadsNotStated, load_mae
 
 OUTPUTS = ("tokens", "features", "logits", "reconstruction")
 Reopened = Callable[[Tensor], Tensor]
-"""An export as its own library runs it: images 'b c h w' -> outputs."""
+"""An export that runs in its own library: images 'b c h w' -> outputs."""
 
 
 class Exported(nn.Module):
-    """An encoder and what follows it.
+    """An encoder with its pooling, classifier or decoder.
 
     Args:
-        encoder: The encoder, in evaluation mode.
-        outputs: tokens (the encoder alone), features (pooled), logits (a classifier's) or reconstruction (patches that
-            MAE's decoder predicts).
-        head: Linear map from pooled tokens to classes, for logits.
+        encoder: The encoder.
+        outputs: tokens (the encoder alone), features (pooled), logits (of a classifier) or reconstruction (patches
+            predicted by MAE's decoder).
+        head: Linear layer from pooled tokens to classes, for logits.
         classes: Names of the classes.
-        provenance: Where the weights come from.
+        provenance: Origin of the weights.
         autoencoder: The encoder with MAE's decoder, for reconstruction.
     """
 
@@ -57,7 +57,7 @@ class Exported(nn.Module):
     @property
     def mae(self) -> MAEModel:
         """The encoder with MAE's decoder."""
-        assert self.autoencoder is not None  # as outputs: reconstruction always has one
+        assert self.autoencoder is not None  # always set for outputs: reconstruction
         return self.autoencoder
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Tensor:
@@ -70,22 +70,22 @@ class Exported(nn.Module):
             return self.encoder(images)
         if self.head is None:
             return self.encoder.features(images)
-        return self.head(self.encoder.pool(self.encoder(images)))  # as it was trained (tasks/supervised.py)
+        return self.head(self.encoder.pool(self.encoder(images)))  # as in training (tasks/supervised.py)
 
 
 def masking_noise(images: int, patches: int) -> Float[Tensor, "b n"]:
-    """Fixed numbers that choose the hidden patches wherever predictions are compared."""
+    """Fixed random numbers that choose the hidden patches when predictions are compared."""
     return torch.rand(images, patches, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def with_outputs(encoder: ViTEncoder, source: str | Path, outputs: str, weights: str | None = None) -> Exported:
-    """An encoder with what follows it, from the run that it was loaded from: a classifier, or MAE's decoder."""
+    """An encoder with the classifier or MAE decoder of the run it was loaded from, as `outputs` requires."""
     if outputs not in OUTPUTS:
         raise ValueError(f"--outputs {outputs}: not one of {', '.join(OUTPUTS)}.")
     provenance = provenance_of(source, weights)
     if outputs == "reconstruction":
         try:
-            model = load_mae(source)  # encoder and decoder of one step
+            model = load_mae(source)  # encoder and decoder of the same step
         except HeadsNotStated as error:
             raise ValueError(
                 f"--outputs reconstruction: {source} is a released file, which does not state its decoder's heads. "
@@ -99,7 +99,7 @@ def with_outputs(encoder: ViTEncoder, source: str | Path, outputs: str, weights:
 
 
 def read_classifier(source: str | Path, width: int) -> tuple[nn.Linear, list[str]]:
-    """The classifier beside an encoder, or in the checkpoint of a fine-tuned run, and the names of its classes."""
+    """Read the classifier beside an encoder or in a fine-tuned run's checkpoint, and the names of its classes."""
     path = find_encoder(source)
     file = path / HEAD if path.is_dir() else path
     beside = file if path.is_dir() else path.parent.parent / "encoder" / HEAD

@@ -1,4 +1,4 @@
-"""An export as a model on the Hugging Face hub: its files in one commit."""
+"""Push an export to the Hugging Face hub, with all files in one commit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sslvit.progress import quiet_libraries
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
-OWN = ".gitattributes"  # the file that the hub itself puts into a new model
+OWN = ".gitattributes"  # the hub adds this file to every new model
 
 
 def check(repo: str, overwrite: bool) -> None:
@@ -23,10 +23,11 @@ def check(repo: str, overwrite: bool) -> None:
 
     Args:
         repo: ORG/NAME of the model.
-        overwrite: Whether files that it has may be replaced.
+        overwrite: Whether existing files may be replaced.
 
     Raises:
-        ValueError: No such name, nobody is logged in, the hub does not answer, or the model has files already.
+        ValueError: The name is malformed, the user is not logged in, the hub does not answer, or the model already has
+            files.
         ImportError: huggingface_hub is not installed.
     """
     if not NAME.fullmatch(repo):
@@ -47,20 +48,20 @@ def check(repo: str, overwrite: bool) -> None:
 
 
 def push(folder: Path, files: Sequence[str], repo: str, is_private: bool, message: str) -> str:
-    """Make one commit of an export, in a new model if there is none of that name.
+    """Push an export in one commit; creates the model if it does not exist.
 
     Args:
         folder: The export.
         files: Names of its files.
         repo: ORG/NAME of the model.
-        is_private: Whether a new model is visible to its owners alone.
-        message: What the commit says.
+        is_private: Whether a new model is private.
+        message: The commit message.
 
     Returns:
         The address of the commit.
 
     Raises:
-        ValueError: The hub refuses it, or does not answer; the folder stays.
+        ValueError: The hub refuses the commit or does not answer; the folder stays.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -73,10 +74,10 @@ def push(folder: Path, files: Sequence[str], repo: str, is_private: bool, messag
 
 
 def hub_license(name: str | None) -> str:
-    """The hub's word for a license, `unknown` where none is given.
+    """The hub's identifier of a license, `unknown` if none is given.
 
     Raises:
-        ValueError: It cannot be one of the hub's.
+        ValueError: It cannot be an identifier of the hub.
     """
     if name is None:
         return "unknown"
@@ -87,16 +88,16 @@ def hub_license(name: str | None) -> str:
 
 @contextmanager
 def _in_one_line(repo: str, remedy: str) -> Iterator[None]:
-    """What the hub's library raises as a ValueError of one line."""
+    """Convert exceptions of the hub's library to a ValueError of one line."""
     try:
         with quiet_libraries():
             yield
-    except Exception as error:  # of the hub and of any HTTP library
+    except Exception as error:  # from the hub or any HTTP library
         reason = " ".join(_reasons(error)) or type(error).__name__
         raise ValueError(f"--push {repo}: {printable(reason, 200)}. {remedy}") from error
 
 
 def _reasons(error: Exception) -> list[str]:
-    """The lines of a message that say something, without its request numbers."""
+    """The lines of a message, without blank lines and request IDs."""
     lines = [line.strip(" .") for line in str(error).splitlines()]
     return [line for line in lines if line and not line.startswith(("(Request ID", "- (Request ID"))]

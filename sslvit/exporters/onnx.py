@@ -1,7 +1,7 @@
-"""ONNX: one file, model.onnx, with the input `images` and an output named after what it is.
+"""ONNX: one file, model.onnx, with the input `images` and an output named after its kind (such as features).
 
-The batch is dynamic; height and width are those of training, or, with --size dynamic, any that the patch divides.
-Weights of more than 1.5 GB lie in model.onnx.data beside it.
+The batch size is dynamic; height and width are those of training, or, with --size dynamic, any multiples of the patch.
+Weights of more than 1.5 GB are stored in model.onnx.data beside it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from sslvit.settings.encoder import crop_words
 
 FILE = "model.onnx"
 OPSET = 18
-KERNEL_DIMS = 4  # of a convolution
-MAX_FILE_BYTES = 1_500_000_000  # protobuf ends at 2 GB
+KERNEL_DIMS = 4  # dimensions of a convolution's kernel
+MAX_FILE_BYTES = 1_500_000_000  # the limit of protobuf is 2 GB
 
 
 def check(exported: Exported, size: str | None) -> bool:
@@ -39,7 +39,7 @@ def check(exported: Exported, size: str | None) -> bool:
 
 
 def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
-    """Write model.onnx with the preprocessing in its metadata."""
+    """Write model.onnx, with the preprocessing in its metadata."""
     settings = exported.settings
     size = sum(value.numel() * value.element_size() for value in exported.state_dict().values())
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -61,7 +61,7 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
 
 
 def reopen(folder: Path, exported: Exported, replacements: dict[str, Any] | None = None) -> Reopened:
-    """The program as ONNX Runtime runs it, perhaps with some of its tensors replaced."""
+    """The program in ONNX Runtime, optionally with some tensors replaced."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -73,7 +73,7 @@ def reopen(folder: Path, exported: Exported, replacements: dict[str, Any] | None
 
 
 def reopen_with_unit_scale(folder: Path, exported: Exported) -> Reopened:
-    """The program with every LayerScale set to one, so that no block is faint."""
+    """The program with every LayerScale set to one, so that every block affects the outputs."""
     import onnxruntime
 
     ones = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ones(len(value), np.float32))
@@ -82,11 +82,10 @@ def reopen_with_unit_scale(folder: Path, exported: Exported) -> Reopened:
 
 
 def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors as they should be, and as they are in the file, as far as it has them under their names.
+    """Expected tensors, and the tensors in the file, for all that have kept their names.
 
-    Products with a transposed matrix and sums of constants are computed while the program is written, and the kernel of
-    a convolution is merged with the batch norm behind it. These then have other names or numbers, and are compared by
-    their outputs (`reopen_with_unit_scale`).
+    The exporter transposes matrices, folds sums of constants, and merges convolutions with the following batch norms.
+    These tensors have other names or values, and are verified through the outputs (`reopen_with_unit_scale`).
     """
     import onnx
     from onnx import numpy_helper
@@ -98,7 +97,7 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
         for value in graph.initializer if value.name in state and len(value.dims) < KERNEL_DIMS
     }  # fmt: skip
     scales = layer_scales(exported)
-    for key in scales.keys() - found.keys():  # equal tensors are written once, under the name of one of them
+    for key in scales.keys() - found.keys():  # equal tensors are stored once, under one of their names
         equal = [value for value in found.values() if torch.equal(value, scales[key])]
         if equal:
             found[key] = equal[0]
@@ -106,7 +105,7 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
 
 
 def layer_scales(exported: Exported) -> dict[str, Tensor]:
-    """The scales of all branches that the outputs depend on, by their names in the program."""
+    """The LayerScales of all branches that affect the outputs, by their names in the program."""
     settings = exported.settings
     layer = settings.feature_layer if exported.outputs == "features" else None
     return {
@@ -116,7 +115,7 @@ def layer_scales(exported: Exported) -> dict[str, Tensor]:
 
 
 def usage(exported: Exported, is_fixed: bool) -> str:
-    """Lines of Python that open it."""
+    """Lines of Python that load and run the export."""
     lines = [
         "import numpy as np", "import onnxruntime", "from PIL import Image, ImageOps", "",
         f'session = onnxruntime.InferenceSession("{FILE}")', *array_snippet(exported.settings),

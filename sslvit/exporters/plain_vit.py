@@ -1,4 +1,4 @@
-"""What the plain ViTs of other libraries hold of an encoder, and its weights in the form that they read."""
+"""Options of an encoder that the plain ViTs of other libraries support, and its weights in their form."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ TABLES = ("learned_1d", "learned_2d", "sincos_1d", "sincos_2d")
 
 
 def is_dinov3(settings: EncoderSettings) -> bool:
-    """Whether an encoder has DINOv3's positions, which other libraries have in its model alone."""
+    """Whether an encoder has DINOv3's positions, which other libraries support only in their DINOv3 models."""
     return settings.pos_embed == "rotary_2d_normalized"
 
 
 def unsupported_options(settings: EncoderSettings, outputs: str) -> dict[str, bool]:
-    """Options that no ViT of another library has -> whether this encoder has them and its outputs depend on them."""
+    """Options that other libraries' ViTs do not support -> whether this encoder's outputs depend on them."""
     is_pooled = outputs in ("features", "logits")
     positions = (*TABLES, "none", *(() if outputs == "reconstruction" else ("rotary_2d_normalized",)))
     return {
@@ -36,14 +36,14 @@ def unsupported_options(settings: EncoderSettings, outputs: str) -> dict[str, bo
 def refuse_options(
     model: str, options: dict[str, bool], instead: str = "Use --format onnx, torch or safetensors"
 ) -> None:
-    """Raise ValueError with all options that this encoder has and a model does not, and what to do instead."""
+    """Raise ValueError with all unsupported options of this encoder, and an alternative."""
     refused = "; ".join(option for option, applies in options.items() if applies)
     if refused:
         raise ValueError(f"{model} cannot hold this encoder ({refused}). {instead}.")
 
 
 def resampling_difference(settings: EncoderSettings, antialias: bool) -> str | None:
-    """The setting by which positions at other sizes differ from a plain resampling to the size, or None."""
+    """The setting that makes positions at other sizes differ from plain resampling to the exact size, or None."""
     if settings.pos_embed not in TABLES:
         return None
     if settings.interpolate_offset:
@@ -54,16 +54,16 @@ def resampling_difference(settings: EncoderSettings, antialias: bool) -> str | N
 
 
 def is_fixed_size(library: str, size: str | None, difference: str | None) -> bool:
-    """Whether an export takes images of one size only, as asked or as its library resamples positions differently."""
+    """Whether images have one size only: on request, or because the library resamples positions differently."""
     if size == "dynamic" and difference:
         raise ValueError(f"--size dynamic: {library} resamples positions differently ({difference}). Use --size fixed.")
     return size == "fixed" or difference is not None
 
 
 def state_with_table(encoder: ViTEncoder, rows: int, outputs: str) -> dict[str, Tensor]:
-    """Weights with one position table that has `rows` rows in front of the patches' rows; the same function.
+    """Equivalent weights with a single position table that has `rows` rows in front of those of the patches.
 
-    A prefix token's row beyond those is added to the token itself; a missing row is zero.
+    Further rows of prefix tokens are added to the tokens themselves; missing rows are zero.
     """
     settings = encoder.settings
     skipped = ("pos_embed",) if outputs in ("features", "logits") else ("pos_embed", "fc_norm.", "attn_pool.")

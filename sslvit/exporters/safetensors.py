@@ -1,4 +1,4 @@
-"""sslvit's own format: encoder.json + encoder.safetensors, and head.safetensors where there is a classifier."""
+"""sslvit's own format: encoder.json + encoder.safetensors, and head.safetensors if there is a classifier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sslvit.models import require_transformer
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """Whether the encoder takes images of one size only; the format holds every encoder."""
+    """Whether the encoder takes images of one size only; the format supports every encoder."""
     if size == "fixed":
         raise ValueError("--size fixed: is for other formats; safetensors holds the encoder as it is.")
     settings = exported.settings
@@ -34,17 +34,17 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
 
 
 def reopen(folder: Path, exported: Exported) -> Exported:
-    """The encoder as sslvit loads it, with its classifier."""
+    """Load the encoder with sslvit, including its classifier."""
     return with_outputs(require_transformer(load_encoder(folder), str(folder)), folder, exported.outputs)
 
 
 def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors as they should be, and as they are read."""
+    """Expected tensors, and the tensors in the export."""
     return exported.state_dict(), reopen(folder, exported).state_dict()
 
 
 def usage(exported: Exported, is_fixed: bool) -> str:
-    """Lines of Python that open it."""
+    """Lines of Python that load and run the export."""
     lines = ["import sslvit", "", 'encoder = sslvit.load_encoder(".")']
     if exported.outputs == "logits":
         lines = ["from safetensors.torch import load_file", *lines, f'head = load_file("{HEAD}")']

@@ -1,7 +1,7 @@
-"""timm: a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens.
+"""timm: a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
 
 config.json         architecture, its arguments and the preprocessing
-model.safetensors   the weights, under the names they already have
+model.safetensors   the weights, under timm's names
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from sslvit.layouts.dinov3 import NORM_EPS, to_timm
 from sslvit.layouts.timm import from_sslvit
 from sslvit.settings import EncoderSettings
 
-ARCHITECTURE = "vit_base_patch16_224"  # any plain ViT: the arguments below override all of it
-DINOV3 = "vit_small_patch16_dinov3_qkvb"  # likewise; biases of queries and values are written even where they are zero
+ARCHITECTURE = "vit_base_patch16_224"  # any plain ViT: the arguments below override all of its own
+DINOV3 = "vit_small_patch16_dinov3_qkvb"  # likewise; has biases of queries and values, which may be zero
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """Whether the export takes images of one size only; refuses what timm's plain ViT cannot hold."""
+    """Whether the export takes images of one size only; refuses encoders that timm's plain ViT does not support."""
     model_arguments(exported)
     is_fixed = plain_vit.is_fixed_size("timm", size, plain_vit.resampling_difference(exported.settings, antialias=True))
     require_packages("--format timm", "sslvit[timm]", "timm")
@@ -36,7 +36,7 @@ def check(exported: Exported, size: str | None) -> bool:
 
 
 def model_arguments(exported: Exported) -> dict[str, Any]:
-    """Arguments of timm's VisionTransformer, or of its Eva for DINOv3; refuses all options that it cannot hold."""
+    """Arguments of timm's VisionTransformer, or of its Eva for DINOv3; refuses all options that it does not support."""
     settings, outputs = exported.settings, exported.outputs
     is_pooled = outputs != "tokens"
     fc_norm = settings.fc_norm and is_pooled
@@ -77,13 +77,13 @@ def model_arguments(exported: Exported) -> dict[str, Any]:
 
 
 def exact_ratio(width: int, hidden: int) -> float:
-    """A ratio whose product with the width is the hidden width when timm truncates it."""
+    """A ratio that yields the hidden width when timm truncates its product with the width."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def prefix_rows(settings: EncoderSettings) -> int:
-    """Rows of the position table in front of the patches' rows: timm has them for all prefix tokens or for none."""
+    """Rows for prefix tokens in the position table: timm has them for all prefix tokens or for none."""
     return settings.prefix if settings.position_rows == settings.prefix else 0
 
 
@@ -110,7 +110,7 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
 
 
 def tensors_of(exported: Exported) -> dict[str, Tensor]:
-    """Everything that is written, under timm's names."""
+    """All exported tensors, under timm's names."""
     classifier = {} if exported.head is None else {f"head.{k}": v for k, v in exported.head.state_dict().items()}
     rows = prefix_rows(exported.settings)
     state = plain_vit.state_with_table(exported.encoder, rows, exported.outputs)
@@ -118,7 +118,7 @@ def tensors_of(exported: Exported) -> dict[str, Tensor]:
 
 
 def crop_pct(settings: EncoderSettings) -> float:
-    """The fraction for which timm, which truncates the quotient to whole pixels, resizes to the intended sides."""
+    """A fraction that makes timm, which truncates side / fraction to whole pixels, resize to the intended sides."""
     side, resized = settings.size[0], resized_sides(settings)[0]
     fraction = settings.crop_fraction if math.floor(side / settings.crop_fraction) == resized else side / resized
     while math.floor(side / fraction) < resized:
@@ -127,24 +127,24 @@ def crop_pct(settings: EncoderSettings) -> float:
 
 
 def reopen(folder: Path, exported: Exported) -> nn.Module:
-    """The model as timm runs it."""
+    """Load the model in timm."""
     return open_model(folder)
 
 
 def open_model(folder: Path) -> nn.Module:
-    """The model as timm opens it."""
+    """Load the model in timm."""
     import timm
 
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
 def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors as they should be, and as timm has them."""
+    """Expected tensors, and the tensors in timm's model."""
     return tensors_of(exported), open_model(folder).state_dict()
 
 
 def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]:
-    """What timm does to an image on its way in."""
+    """timm's preprocessing of an image."""
     import timm
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=False)
@@ -152,7 +152,7 @@ def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]
 
 
 def usage(exported: Exported, is_fixed: bool) -> str:
-    """Lines of Python that open it."""
+    """Lines of Python that load and run the export."""
     return f"""import timm
 from PIL import Image, ImageOps
 

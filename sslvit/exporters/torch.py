@@ -1,6 +1,6 @@
 """torch.export: one file, model.pt2, that runs without sslvit.
 
-The batch is dynamic; height and width are those of training, or, with --size dynamic, any that the patch divides.
+The batch size is dynamic; height and width are those of training, or, with --size dynamic, any multiples of the patch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_PATCHES = 4096  # rows or columns of dynamic sizes
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """Whether the export takes images of one size only; positions of some cannot be resampled inside a program."""
+    """Whether the export takes images of one size only; refuses a dynamic size if tracing does not support it."""
     settings = exported.settings
     if size != "dynamic":
         return True
@@ -42,7 +42,7 @@ def trace(exported: Exported, is_fixed: bool) -> ExportedProgram:
     if not is_fixed:
         for axis, name in ((2, "rows"), (3, "columns")):
             shapes[axis] = settings.patch * Dim(name, min=2, max=MAX_PATCHES)
-    # two images and two patches more than in training: a size that happens to fit must not be taken for a rule
+    # two images, and two patches more than in training, so that tracing does not specialize on these sizes
     height, width = settings.size if is_fixed else [side + 2 * settings.patch for side in settings.size]
     images = torch.randn(2, settings.channels, height, width)
     with torch.no_grad(), warnings.catch_warnings():
@@ -52,7 +52,7 @@ def trace(exported: Exported, is_fixed: bool) -> ExportedProgram:
 
 def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
     """Write model.pt2."""
-    content = io.BytesIO()  # torch's writer of files ends the whole process on a full disk, in a destructor
+    content = io.BytesIO()  # on a full disk, torch's file writer ends the process, in a destructor
     torch.export.save(trace(exported, is_fixed), content)
     (folder / FILE).write_bytes(content.getbuffer())
 
@@ -63,7 +63,7 @@ def reopen(folder: Path, exported: Exported) -> Reopened:
 
 
 def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors as they should be, and as they are in the program."""
+    """Expected tensors, and the tensors in the program."""
     program = torch.export.load(folder / FILE)
     constants = {key: value for key, value in program.constants.items() if isinstance(value, Tensor)}
     buffers = {key: value for key, value in exported.named_buffers() if key in constants}
@@ -71,7 +71,7 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
 
 
 def usage(exported: Exported, is_fixed: bool) -> str:
-    """Lines of Python that open it."""
+    """Lines of Python that load and run the export."""
     lines = [
         "import numpy as np", "import torch", "from PIL import Image, ImageOps", "",
         f'model = torch.export.load("{FILE}").module()', *array_snippet(exported.settings),

@@ -1,4 +1,4 @@
-"""transformers: a folder that ``from_pretrained`` opens, as ViT, Dinov2, DINOv3ViT, ImageGPT or another of its models.
+"""transformers: a folder for ``from_pretrained``, as ViT, Dinov2, DINOv3ViT, ImageGPT or another of its models.
 
 config.json                 the model and its settings
 model.safetensors           the weights under transformers' names
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 CLASSES = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters", "dinov3_vit": "DINOv3ViT",
            "imagegpt": "ImageGPT"}  # fmt: skip
 CLASSES |= transformers_kinds.CLASSES
-ENDINGS = {"logits": "ForImageClassification", "reconstruction": "ForPreTraining"}  # of classes; Model for all else
+ENDINGS = {"logits": "ForImageClassification", "reconstruction": "ForPreTraining"}  # of class names; else Model
 LOADERS = {"logits": "AutoModelForImageClassification", "reconstruction": "ViTMAEForPreTraining"}  # else AutoModel
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """Whether the export takes images of one size only; refuses what no model of transformers holds."""
+    """Whether the export takes images of one size only; refuses encoders that no model of transformers supports."""
     settings, outputs = exported.settings, exported.outputs
     model_arguments(settings, outputs)
     if settings.tokens == "pixel" and outputs == "logits":
@@ -49,7 +49,7 @@ def check(exported: Exported, size: str | None) -> bool:
 
 
 def model_type(settings: EncoderSettings, outputs: str) -> str:
-    """The model of transformers, as its config names it, that holds these settings or comes nearest."""
+    """The model_type of the model in transformers that supports these settings or comes nearest."""
     if settings.tokens == "pixel":
         return "imagegpt"
     if outputs == "reconstruction":
@@ -67,13 +67,13 @@ def model_type(settings: EncoderSettings, outputs: str) -> str:
             return "deit"
     if settings.registers:
         return "dinov2_with_registers"
-    # Dinov2's classifier reads the mean over patches too, which ViT's does not
+    # Dinov2's classifier also reads the mean over patches, unlike ViT's
     is_mean = outputs == "logits" and settings.pooling == "mean"
     return "dinov2" if is_dinov2 or is_mean else "vit"
 
 
 def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dict[str, Any]:
-    """Arguments of transformers' config for these settings; refuses all options that its model cannot hold."""
+    """Arguments of transformers' config for these settings; refuses all options that its model does not support."""
     kind = model_type(settings, outputs)
     if kind == "imagegpt":
         return _imagegpt_arguments(settings)
@@ -102,12 +102,12 @@ def _imagegpt_arguments(settings: EncoderSettings) -> dict[str, Any]:
 
 
 def _size_difference(settings: EncoderSettings, outputs: str) -> str | None:
-    """Why transformers computes other positions at other sizes, or None."""
+    """The reason why transformers' positions differ at other sizes, or None."""
     kind = model_type(settings, outputs)
     if kind == "imagegpt":
         return "a pixel sequence is tied to its size"
     if kind == "dinov3_vit":
-        return None  # its positions are for any size, whatever its config states
+        return None  # its positions work for any size
     if kind == "vit_mae":
         return "its decoder's table as one row"
     if settings.size[0] != settings.size[1]:
@@ -152,7 +152,7 @@ def classifier(head: dict[str, Tensor], kind: str, pooling: str) -> dict[str, Te
 
 
 def make_processor(exported: Exported) -> Any:
-    """The image processor that does what sslvit does to an image, or to one that is fitted before (`is_fitted`)."""
+    """The image processor equivalent to sslvit's preprocessing, given cropped and resized images if `is_fitted`."""
     import transformers
 
     settings = exported.settings
@@ -175,18 +175,18 @@ def make_processor(exported: Exported) -> Any:
 
 
 def has_unused_pooler(exported: Exported) -> bool:
-    """Whether the model has a layer of its own behind the class token unless it is asked for none."""
+    """Whether the model has an untrained pooler by default, which must be disabled."""
     kind = model_type(exported.settings, exported.outputs)
     return exported.outputs not in LOADERS and kind in ("vit", "ijepa", "deit")
 
 
 def resamples_on_request(kind: str) -> bool:
-    """Whether a model takes other sizes only when it is told to interpolate its positions."""
+    """Whether a model requires `interpolate_pos_encoding` to take images of other sizes."""
     return kind == "vit" or kind in transformers_kinds.CLASSES
 
 
 def open_model(folder: Path, exported: Exported) -> PreTrainedModel:
-    """The model as transformers opens it."""
+    """Load the model in transformers."""
     import transformers
 
     loader = getattr(transformers, LOADERS.get(exported.outputs, "AutoModel"))
@@ -195,7 +195,7 @@ def open_model(folder: Path, exported: Exported) -> PreTrainedModel:
 
 
 def reopen(folder: Path, exported: Exported) -> Reopened:
-    """The model as transformers runs it, with the pooling that `usage` states."""
+    """The model in transformers, with the pooling in the code of `usage`."""
     settings, outputs = exported.settings, exported.outputs
     model, kind = open_model(folder, exported), model_type(exported.settings, exported.outputs)
 
@@ -232,9 +232,9 @@ def reopen(folder: Path, exported: Exported) -> Reopened:
 
 
 def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors of the encoder, and what transformers has in their place, both under the encoder's names.
+    """Expected tensors, and the tensors in transformers' model, both under the encoder's names.
 
-    What only one of them has and is neutral (a scale of one, a bias or a mask token of zero) is in both.
+    Neutral tensors that only one of them has (a LayerScale of one, a bias or a mask token of zero) are in both.
     """
     settings, outputs = exported.settings, exported.outputs
     kind = model_type(settings, outputs)
@@ -259,7 +259,7 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
 
 
 def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]:
-    """What transformers does to an image on its way in; for ImageGPT, the colors that the indices stand for."""
+    """transformers' preprocessing of an image; for ImageGPT, the colors of the palette indices."""
     import transformers
 
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
@@ -275,7 +275,7 @@ def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]
 
 
 def usage(exported: Exported, is_fixed: bool) -> str:
-    """Lines of Python that open it."""
+    """Lines of Python that load and run the export."""
     settings, outputs = exported.settings, exported.outputs
     kind, is_pooled_there = model_type(settings, outputs), outputs == "features" and settings.pooling == "attention"
     auto = LOADERS.get(outputs, "AutoModel")

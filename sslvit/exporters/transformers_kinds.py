@@ -1,7 +1,7 @@
-"""ViTs of transformers: what each of them holds, and an encoder's settings and weights under its names.
+"""ViTs of transformers: the options that each supports, and an encoder's settings and weights under its names.
 
-Besides ViT, Dinov2 and DINOv3 these are ViTMAE with MAE's decoder, I-JEPA (no class token), DeiT (its distillation
-token is a register with a position of its own), and the vision towers of CLIP and SigLIP.
+Besides ViT, Dinov2 and DINOv3, these are ViTMAE with MAE's decoder, I-JEPA (no class token), DeiT (the distillation
+token is a register with a position), and the vision towers of CLIP and SigLIP.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from sslvit.settings import EncoderSettings
 
 CLASSES = {"vit_mae": "ViTMAE", "ijepa": "IJepa", "deit": "DeiT", "clip_vision_model": "CLIPVision",
            "siglip_vision_model": "SiglipVision"}  # fmt: skip
-ACTIVATIONS = inverted(clip.ACTIVATIONS) | {"gelu_tanh": "gelu_pytorch_tanh"}  # two names there are one here
+ACTIVATIONS = inverted(clip.ACTIVATIONS) | {"gelu_tanh": "gelu_pytorch_tanh"}  # transformers has two names for it
 
 
 def position_rows(kind: str) -> int:
-    """Rows of a model's position table in front of the patches' rows."""
+    """Rows for prefix tokens in a model's position table."""
     return {"ijepa": 0, "siglip_vision_model": 0, "dinov3_vit": 0, "deit": 2}.get(kind, 1)
 
 
 def arguments(kind: str, settings: EncoderSettings, outputs: str) -> dict[str, Any]:
-    """Arguments of a model's config for these settings; refuses all options that it cannot hold."""
+    """Arguments of a model's config for these settings; refuses all options that it does not support."""
     is_clip, is_siglip = kind == "clip_vision_model", kind == "siglip_vision_model"
     is_dinov2, is_dinov3 = kind.startswith("dinov2"), kind == "dinov3_vit"
     activations = ["gelu", "swiglu"] if is_dinov2 or is_dinov3 else [*ACTIVATIONS]
@@ -77,14 +77,14 @@ def arguments(kind: str, settings: EncoderSettings, outputs: str) -> dict[str, A
 
 
 def tensors_of(kind: str, exported: Exported) -> dict[str, Tensor]:
-    """Everything but a classifier under transformers' names."""
+    """All exported tensors except a classifier, under transformers' names."""
     state = plain_vit.state_with_table(exported.encoder, position_rows(kind), exported.outputs)
     if kind == "vit_mae":
         return vit_mae.to_vit_mae(state, decoder_state(exported))
     if kind == "dinov3_vit":
         return dinov3.to_transformers(state, exported.settings.key_bias)
     if kind in clip.DEFAULTS:
-        state.pop("mask_token", None)  # which they have no place for
+        state.pop("mask_token", None)  # not part of these models
         return clip.from_sslvit(state)
     return to_transformers(state, kind)
 
@@ -96,6 +96,6 @@ def decoder_arguments(exported: Exported) -> dict[str, Any]:
 
 
 def decoder_state(exported: Exported) -> dict[str, Tensor]:
-    """The decoder's weights under the names of models/mae.py, without those that predict no pixels."""
+    """The decoder's weights under the names of models/mae.py, without the HOG predictor."""
     state = exported.mae.decoder.state_dict()
     return {f"decoder.{key}": value for key, value in state.items() if not key.startswith("hog.")}

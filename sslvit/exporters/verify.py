@@ -1,4 +1,4 @@
-"""Reopened exports against the encoder they came from."""
+"""Compare reopened exports with the original encoder."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sslvit.exporters.exported import Exported, Reopened
 from sslvit.files import printable
 from sslvit.settings import EncoderSettings
 
-TOLERANCE = 1e-5  # of the largest output, or of one for tokens and features below that; float32 on both sides
-RESIZE_TOLERANCE = 0.005  # of a channel's deviation, on average: libraries round differently when they resize
-ROUNDING = 0.28  # of a level of 255, the same where deviations are small: rounded twice or once
-IMAGE_CHANNELS = (1, 3)  # of images that other libraries read
+TOLERANCE = 1e-5  # relative to the largest output, or to 1 for smaller tokens and features; float32 on both sides
+RESIZE_TOLERANCE = 0.005  # mean, relative to a channel's std: libraries round differently when they resize
+ROUNDING = 0.28  # mean, in levels of 255, which matters for small stds: pixels are rounded once or twice
+IMAGE_CHANNELS = (1, 3)  # channels of images that other libraries can read
 
 
 def check_inputs(settings: EncoderSettings, is_fixed: bool) -> list[Tensor]:
-    """Fixed images of the encoder's size, in two batches, and of another size where the export takes one."""
+    """Fixed images of the encoder's size, in two batches, and of another size if the export supports it."""
     source = torch.Generator().manual_seed(0)
     height, width = settings.size
     shapes = [(2, height, width), (3, height, width)]
@@ -37,10 +37,10 @@ def check_inputs(settings: EncoderSettings, is_fixed: bool) -> list[Tensor]:
 
 @torch.no_grad()
 def compare(exported: Exported, reopened: Reopened, images: list[Tensor]) -> dict[str, Any]:
-    """The largest difference between the outputs of both on the same images, and whether that is small enough.
+    """The largest difference between both outputs on the same images, and whether it is small enough.
 
     Raises:
-        ValueError: The outputs have other shapes.
+        ValueError: The outputs have different shapes.
     """
     worst, scale = 0.0, 0.0
     for batch in images:
@@ -58,7 +58,7 @@ def compare(exported: Exported, reopened: Reopened, images: list[Tensor]) -> dic
 
 
 def compare_weights(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Any]:
-    """Whether both hold the same numbers: a change in a block behind a faint LayerScale shows in no output."""
+    """Whether weights are equal: outputs do not reveal a change in a block with a very small LayerScale."""
     differing = sorted(expected.keys() ^ found.keys())
     for key in sorted(expected.keys() & found.keys()):
         one, other = expected[key].detach().cpu(), found[key].detach().cpu()
@@ -69,7 +69,7 @@ def compare_weights(expected: dict[str, Tensor], found: dict[str, Tensor]) -> di
 
 @torch.no_grad()
 def with_unit_scale(exported: Exported) -> Exported:
-    """A copy in which every LayerScale is one."""
+    """A copy with every LayerScale set to one."""
     rescaled = copy.deepcopy(exported)
     for key, value in rescaled.named_parameters():
         if key.endswith(".gamma"):
@@ -78,12 +78,12 @@ def with_unit_scale(exported: Exported) -> Exported:
 
 
 def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], Tensor]) -> dict[str, Any]:
-    """Prepared pixels against what evaluation shows, for an image that is only cropped and one that is resized too.
+    """Compare a library's preprocessing with ours, for an image that is only cropped and one that is also resized.
 
-    The first must agree; for the second, which every library rounds in its own way, the mean difference is small.
-    Libraries resize to whole pixels before they crop, so the crop is compared at the fraction that they can hold.
-    Both images are of sizes for which that crop begins at a whole pixel of the resized image; libraries shift by half a
-    pixel what would begin between two of them.
+    The first must agree; for the second, which every library rounds differently, the mean difference must be small.
+    Libraries resize to whole pixels before they crop, so the comparison uses a crop fraction that they can represent.
+    Both images have sizes for which the crop begins at a whole pixel of the resized image, as libraries would shift
+    other crops by half a pixel.
     """
     settings = dataclasses.replace(exported.settings, crop_fraction=whole_pixel_fraction(exported.settings))
     source = np.random.default_rng(0)
@@ -96,12 +96,12 @@ def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], T
     sides = (2 * rows, 3 * columns if is_squashed else 2 * columns + 4 * max(width // 4, 1))
     down, right = np.mgrid[0 : sides[0], 0 : sides[1]] / max(height, width)
     waves = [127 + 90 * np.sin(3 * down + 2 * right * (1 + channel)) for channel in range(settings.channels)]
-    noise = source.uniform(-30, 30, (*down.shape, settings.channels))  # tells bilinear from bicubic
+    noise = source.uniform(-30, 30, (*down.shape, settings.channels))  # distinguishes bilinear from bicubic
     large = Image.fromarray(to_image(np.stack(waves, 2) + noise))
     found = {"largest_difference": 0.0, "mean_difference": 0.0}
     for image, measure in ((exact, "largest_difference"), (large, "mean_difference")):
         expected = preprocess(image, settings)[0]
-        if settings.tokens == "pixel":  # colors of the palette on both sides
+        if settings.tokens == "pixel":  # compare palette colors
             tokens = exported.encoder.pixel_tokens
             expected = tokens.images_of(tokens.quantize(expected[None]), (height, width))[0]
         got = prepare(image)
@@ -116,12 +116,12 @@ def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], T
         "crop_fraction": settings.crop_fraction,
     }
     if settings.tokens == "pixel":
-        found["mean_tolerance"] = math.inf  # a nearby color may be another one
+        found["mean_tolerance"] = math.inf  # a small difference may change the nearest color
     return found | {"passed": shortfall(found) == ""}
 
 
 def shortfall(found: dict[str, Any]) -> str:
-    """By how much a comparison fails, measure by measure with number and tolerance; empty if it passes."""
+    """The failed measures of a comparison, with differences and tolerances; empty if it passes."""
     if differing := found.get("differing"):
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         return f"{printable(', '.join(differing[:3]))}{more} differ"
@@ -137,5 +137,5 @@ def shortfall(found: dict[str, Any]) -> str:
 
 
 def to_image(pixels: np.ndarray) -> np.ndarray:
-    """Pixels 'h w c' as PIL takes them."""
+    """Pixels 'h w c' in the form that PIL expects."""
     return pixels.astype(np.uint8) if pixels.shape[2] > 1 else pixels[:, :, 0].astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Foreign state dicts <-> ours, by renaming and reshaping. One file per layout."""
+"""Convert foreign state dicts to ours and back, by renaming and reshaping. One file per layout."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from sslvit.layouts.vit import HEADS, Converted, describe_architecture
 
 
 class Layout(Protocol):
-    """The names and shapes of a family's released weights. A module of this package is a layout if it has these."""
+    """Names and shapes of a family's released weights. A module of this package with these functions is a layout."""
 
     def recognize(self, keys: set[str]) -> bool:
-        """Whether weights under these names have this layout."""
+        """Whether weights with these names have this layout."""
 
     def to_sslvit(self, state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
-        """Foreign weights under our names. `heads` and `changes` are settings that weights do not show.
+        """Convert foreign weights. `heads` and `changes` are settings that cannot be inferred from weights.
 
         Raises:
             KeyError: Weights are missing.
         """
 
     def from_sslvit(self, encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Our encoder and other modules under this layout's names."""
+        """Convert our encoder and other modules to this layout's names."""
 
 
-LAYOUTS: dict[str, Layout] = {  # from the most specific to the plainest
+LAYOUTS: dict[str, Layout] = {  # from the most specific to the most general
     "mae": mae, "openai_igpt": openai_igpt, "dinov3": dinov3, "dinov2": dinov2, "dino": dino, "timm": timm,
     "transformers": transformers,
 }  # fmt: skip
 
 
 def find_layout(name: str) -> Layout:
-    """The layout of a name."""
+    """Look up a layout by name."""
     if name not in LAYOUTS:
         raise ValueError(f"layout: '{name}' is not one of {', '.join(LAYOUTS)}.")
     return LAYOUTS[name]
 
 
 def recognize_layout(keys: set[str], source: str) -> str:
-    """The name of the first layout that has these names.
+    """The name of the first layout that recognizes these weights.
 
     Raises:
-        ValueError: None has; the message gives some of the names, the nearest layout and what is missing for it.
+        ValueError: None does; the message lists some of the names, the nearest layout and the names missing for it.
     """
     for name, layout in LAYOUTS.items():
         if layout.recognize(keys):
@@ -62,9 +62,9 @@ def recognize_layout(keys: set[str], source: str) -> str:
 
 
 def from_sslvit(encoder: dict[str, Tensor], layout: str, extras: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Our weights, and other modules of the model, under the names of a layout.
+    """Convert our weights, and other modules of the model, to the names of a layout.
 
-    Only names and shapes change; settings are for whoever builds the model there.
+    Only names and shapes change; building a model with matching settings is up to the caller.
     """
     return find_layout(layout).from_sslvit(encoder, extras or {})
 
@@ -80,15 +80,15 @@ def to_sslvit(
     """Convert a foreign state dict.
 
     Args:
-        content: The state dict, or what a file holds around it (unwrap.py).
+        content: The state dict, or the content of a file that contains it (unwrap.py).
         layout: Name of its layout; recognized from the names if None.
-        heads: Attention heads, where the weights do not show them.
-        network: Which network of a file with several.
-        source: Where it comes from, for messages and as a hint on preprocessing.
+        heads: Attention heads, if they cannot be inferred from the weights.
+        network: Which network to read from a file with several.
+        source: Its origin, for messages and as a hint on preprocessing.
         changes: Settings that the file does not state.
 
     Raises:
-        ValueError: No layout has these names, some are missing, or there is no such network.
+        ValueError: No layout has these names, some are missing, or the file has no such network.
     """
     if layout is not None:
         find_layout(layout)
@@ -130,7 +130,7 @@ def to_sslvit(
 def _guess_preprocessing(
     name: str, weights: dict[str, Tensor], source: str, changes: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Preprocessing of a file in timm's names or of DINOv3, as far as its own name shows it, and a line on it."""
+    """Guess preprocessing from the file name, for timm's names and DINOv3; also returns notes on it."""
     if name == "dinov3" and SATELLITE in source:
         return dict(SATELLITE_IMAGES), [
             f"preprocessing: mean and std of satellite images, as its name has {SATELLITE}."

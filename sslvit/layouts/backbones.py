@@ -1,8 +1,8 @@
-"""Networks of torchvision and timm that are no vision transformer of ours, by name, with their preprocessing.
+"""torchvision and timm networks other than plain vision transformers, by name, with their preprocessing.
 
     torchvision:resnet18                    random weights
-    torchvision:resnet18@IMAGENET1K_V1      weights that torchvision downloads
-    timm:resnet18.a1_in1k                   weights that timm downloads
+    torchvision:resnet18@IMAGENET1K_V1      weights downloaded by torchvision
+    timm:resnet18.a1_in1k                   weights downloaded by timm
     torchvision:resnet18@weights.pth        a local file, also for timm
 
 Nothing is downloaded unless weights are named.
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "net."  # of a Backbone's weights
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])(?=\.)")  # norm.1 in its files is norm1 in its code
-COUNTER = "num_batches_tracked"  # of batch norms, which torch's first versions did not have
+COUNTER = "num_batches_tracked"  # a buffer of batch norms that weights of early torch versions lack
 
 
 def is_name(source: str) -> bool:
-    """Whether a source names a network of torchvision, or one of timm's that is no plain vision transformer."""
+    """Whether a source names a torchvision network, or a timm network other than a plain vision transformer."""
     library, _, name = source.partition(":")
     if library != "timm":
         return library == "torchvision"
@@ -51,22 +51,22 @@ def is_name(source: str) -> bool:
 
 
 def has_weights(source: str) -> bool:
-    """Whether the name of a network also names weights; without them, they are random."""
+    """Whether the name of a network also names weights; otherwise, weights are random."""
     name = source.partition(":")[2]
     return "@" in name or "." in name
 
 
 def from_name(source: str, **changes: Any) -> Converted:
-    """A network by its name, with its weights, as settings and state dict of a Backbone.
+    """Convert a network by name, with its weights, to the settings and state dict of a Backbone.
 
     Args:
         source: The name, as in this module's docstring.
-        changes: Settings of how it sees images, and `small_stem`.
+        changes: Settings of its input, and `small_stem`.
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: An unknown network, weights that are not there or do not fit, or settings of something else.
-        FileNotFoundError: No such file of weights.
+        ValueError: The network is unknown, weights are unavailable or do not fit, or a setting does not apply to it.
+        FileNotFoundError: The file of weights does not exist.
     """
     wrong = [key for key in changes if key not in OF_A_BACKBONE]
     if wrong:
@@ -78,7 +78,7 @@ def from_name(source: str, **changes: Any) -> Converted:
 
 
 def _from_torchvision(name: str, weights: str, changes: dict[str, Any]) -> Converted:
-    from torchvision import models  # seconds
+    from torchvision import models  # takes seconds to import
 
     refuse_unknown("torchvision", name, models.list_models(module=models))
     known = models.get_model_weights(name)
@@ -97,7 +97,7 @@ def _from_torchvision(name: str, weights: str, changes: dict[str, Any]) -> Conve
 
 
 def _downloaded(url: str, source: str) -> Path:
-    """The file behind an address, in torch's cache; downloaded unless it is there."""
+    """The file of an address in torch's cache, downloaded if necessary."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not file.is_file():
         logger.info(f"{source}: downloading {url}")
@@ -105,7 +105,7 @@ def _downloaded(url: str, source: str) -> Path:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file), checksum[1] if checksum else None, progress=False)
-        except (OSError, RuntimeError) as error:  # no network, a full disk, other bytes than those of the name
+        except (OSError, RuntimeError) as error:  # no network, a full disk, or a wrong checksum
             raise ValueError(
                 f"{source}: its weights are not in {file.parent}, and cannot be downloaded ({printable(error, 120)}). "
                 f"Get {url} where there is a network, and give the file: {source.partition('@')[0]}@FILE."
@@ -140,17 +140,17 @@ def _from_timm(name: str, weights: str, changes: dict[str, Any]) -> Converted:
 
 
 def _without_download(source: str, settings: EncoderSettings, weights: str, known: str, classifier: str) -> Converted:
-    """A network with weights of a local file, or random ones.
+    """Convert a network with weights from a local file, or with random weights.
 
     Args:
         source: Its name, for messages.
         settings: Its settings.
         weights: The file; empty for random weights.
-        known: Which weights its library has, in words.
-        classifier: Name of the classifier among the file's tensors.
+        known: The library's weights for this network, in words.
+        classifier: Prefix of the classifier's tensors in the file.
     """
     if not weights:
-        with rng.torch_seeded("backbone"):  # the same ones whenever they are asked for
+        with rng.torch_seeded("backbone"):  # the same weights in every call
             state = make_network(settings).state_dict()
         return Converted(settings, _named(state), notes=[f"random weights, as none are named ({known})."])
     path = Path(expand_path(weights))
@@ -163,10 +163,10 @@ def _without_download(source: str, settings: EncoderSettings, weights: str, know
 
 
 def _converted(settings: EncoderSettings, content: dict[str, Any], classifier: str, source: str) -> Converted:
-    """The weights of a file or a download, without those of a classifier."""
+    """Convert the weights of a local or downloaded file, without the classifier."""
     net = make_network(settings)
     expected = net.state_dict()
-    anchor = next(key for key in expected if sum(other.endswith(key) for other in expected) == 1)  # and in no block
+    anchor = next(key for key in expected if sum(other.endswith(key) for other in expected) == 1)  # not in other blocks
     unwrapped = unwrap(content, printable(source), anchors=(anchor,))
     state = {OLD_DENSENET.sub(r"\1\2", key): value for key, value in unwrapped.weights.items()}
     extras = {key: value for key, value in state.items() if classifier and key.startswith(f"{classifier}.")}

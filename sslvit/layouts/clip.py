@@ -1,9 +1,9 @@
-"""The vision towers of CLIP and SigLIP under transformers' names, alone or beside their text towers.
+"""The vision towers of CLIP and SigLIP under transformers' names, with or without their text towers.
 
-CLIP normalizes the tokens in front of the first block and has no bias in its patch projection; SigLIP has no class
-token and pools by attention, with an MLP behind. transformers gives CLIP's tokens as the last block leaves them and
-normalizes the class token alone; here, as in timm, the last norm acts on all tokens, so that features are what
-transformers calls `pooler_output`.
+CLIP normalizes the tokens before the first block and has no bias in its patch projection; SigLIP has no class token and
+uses attention pooling followed by an MLP. transformers returns CLIP's tokens without the final norm, which it applies
+only to the class token; here, as in timm, the final norm acts on all tokens, so that features equal transformers'
+`pooler_output`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sslvit.layouts.vit import split_by_prefix
 
 KINDS = {"clip": "clip_vision_model", "clip_vision_model": "clip_vision_model", "siglip": "siglip_vision_model",
          "siglip_vision_model": "siglip_vision_model"}  # fmt: skip
-"""What config.json may call a model -> what it calls the vision tower alone."""
-DEFAULTS: dict[str, dict[str, Any]] = {  # transformers' own, which its files leave out
+"""model_type in a config.json -> model_type of the vision tower alone."""
+DEFAULTS: dict[str, dict[str, Any]] = {  # transformers' defaults, which its files leave out
     "clip_vision_model": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vision_use_head": True},
 }
@@ -41,7 +41,7 @@ BUFFERS = ("embeddings.position_ids",)  # of older files
 
 
 def vision_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the vision tower in a config.json, with transformers' defaults for what it leaves out."""
+    """The settings of the vision tower in a config.json, completed with transformers' defaults."""
     kind = KINDS[config["model_type"]]
     stated = config.get("vision_config", {}) if config["model_type"] in ("clip", "siglip") else config
     if not isinstance(stated, dict):
@@ -50,7 +50,7 @@ def vision_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Settings of a vision tower by its `vision_config`, besides those that its shapes show."""
+    """Settings of a vision tower from its `vision_config`, in addition to those inferred from shapes."""
     is_clip = config["model_type"] == "clip_vision_model"
     activation = config["hidden_act"]
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
@@ -64,7 +64,7 @@ def settings_of(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def to_sslvit(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """The encoder under our names, what is not its own (a text tower, projections), and names that are no weights.
+    """The encoder under our names, other modules (a text tower, projections), and names that are not weights.
 
     Raises:
         KeyError: A query, key or value is missing.
@@ -74,7 +74,7 @@ def to_sslvit(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
     ignored = [key for key in state if key in BUFFERS]
     tower, pool = split_by_prefix(state, (*BUFFERS, "head.probe", "head.attention.in_proj"))
     encoder, unknown = rename(tower, NAMES | HEAD, BLOCK)
-    encoder |= unknown  # refused where they are loaded
+    encoder |= unknown  # loading them fails
     for key, ndim in (("cls_token", 1), ("pos_embed", 2)):
         if key in encoder and encoder[key].ndim == ndim:
             encoder[key] = encoder[key].view(1, -1, encoder[key].shape[-1])
@@ -82,7 +82,7 @@ def to_sslvit(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def _pool_query(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The query, keys and values of SigLIP's attention pool; the query's projection is multiplied out."""
+    """Query, key and value weights of SigLIP's attention pool; the projection of the query is multiplied out."""
     if "head.probe" not in state:
         return {}
     weight, bias = state["head.attention.in_proj_weight"], state["head.attention.in_proj_bias"]
@@ -94,7 +94,7 @@ def _pool_query(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_sslvit(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our encoder under the names of a vision tower; the projection of its pool's query is the identity."""
+    """Our encoder under the names of a vision tower; the query projection of the attention pool is the identity."""
     tower, _ = split_by_prefix(encoder, ("attn_pool.query", "attn_pool.kv."))
     found = rename_back(tower, NAMES | HEAD, BLOCK, "encoder.layers", THIRDS)
     if "cls_token" in encoder:

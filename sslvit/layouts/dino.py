@@ -13,12 +13,12 @@ from sslvit.layouts.vit import HEADS, Converted, convert_vit, require, split_by_
 
 
 def recognize(keys: set[str]) -> bool:
-    """Whether there is a `backbone.`, as beside a projection head."""
+    """Whether names have the prefix `backbone.`, as in files with a projection head."""
     return any(key.removeprefix("module.").startswith("backbone.") for key in keys)
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
-    """DINO names -> ours, without the prefixes `module.` and `backbone.`; the projection head becomes the extras."""
+    """DINO names -> ours, without the prefixes `module.` and `backbone.`; the projection head is returned as extras."""
     state = {key.removeprefix("module."): value for key, value in state.items()}
     encoder, head = split_by_prefix(state, HEADS)
     encoder = {key.removeprefix("backbone."): value for key, value in encoder.items()}
@@ -27,12 +27,12 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any
 
 
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names -> DINO's: the bare backbone, or `backbone.` and `head.` where there is a head."""
+    """Our names -> DINO's: the bare backbone, or `backbone.` and `head.` if there is a head."""
     return {f"backbone.{key}": value for key, value in encoder.items()} | extras if extras else dict(encoder)
 
 
 def head_shape(head: dict[str, Tensor]) -> dict[str, int | bool]:
-    """Fields of DINOSettings that the head's weights determine."""
+    """Fields of DINOSettings, inferred from the head's weights."""
     if "head.last_layer.weight_v" not in head:
         raise ValueError("these weights hold no projection head (head.last_layer.weight_v).")
     out_dim, bottleneck = head["head.last_layer.weight_v"].shape

@@ -1,7 +1,7 @@
 """The layout of DINOv2's released checkpoints.
 
-With registers, positions are resampled to the size itself with antialiasing; without, by a scale factor with
-an offset of 0.1 and no antialiasing. Registers have no position.
+With registers, positions are resampled to the exact size with antialiasing; without, by a scale factor with an offset
+of 0.1 and no antialiasing. Registers have no position.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ GATED = {"mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
 
 
 def recognize(keys: set[str]) -> bool:
-    """Whether there are a mask token and LayerScale, but no decoder of MAE's."""
+    """Whether there are a mask token and LayerScale, but no MAE decoder."""
     return {"mask_token", "cls_token", "blocks.0.ls1.gamma"} <= keys and "decoder_pos_embed" not in keys
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
-    """DINOv2 names -> ours; heads of training become the extras."""
+    """DINOv2 names -> ours; training heads are returned as extras."""
     backbone, training_heads = split_by_prefix(state, HEADS)
     encoder = _rename(backbone, REGISTERS | GATED, (1, 1, -1))
     require(encoder, "norm.weight", "blocks.0.ls1.gamma", "blocks.0.ls2.gamma")

@@ -1,7 +1,7 @@
-"""DINOv3's ViTs (Siméoni et al. 2025) under three kinds of names: its released files', timm's and transformers'.
+"""DINOv3's ViTs (Siméoni et al. 2025) with three sets of names: those of its released files, timm and transformers.
 
-Its positions are rotary and have no weights: rows and columns go from -1 to 1 along each side, with periods from 1 to
-100. The keys' bias is zero: the released files mask it, and the libraries leave it out.
+Its positions are rotary and have no weights: coordinates go from -1 to 1 along each side, with periods from 1 to 100.
+The bias of the keys is zero: the released files mask it, and the libraries leave it out.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from sslvit.layouts.vit import (
 )
 from sslvit.weight_files import count_blocks
 
-BASE = 100.0  # the longest period of its positions
+BASE = 100.0  # base of the periods of its positions
 NORM_EPS = 1e-5
 ALWAYS: dict[str, Any] = {"pos_embed": "rotary_2d_normalized", "norm_eps": NORM_EPS, "pooling": "class"}
-IMAGE_SIZE = 224  # in pixels, of the released models; the positions are for any
+IMAGE_SIZE = 224  # pixels, of the released models; their positions work for any size
 REQUIRED = ("cls_token", "reg_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.ls1.gamma",
             "blocks.0.ls2.gamma", "norm.weight")  # fmt: skip
-# of the positions (computed here), of what must stay zero (checked), of a norm that only training on small crops uses
+# periods of the positions (computed here), masks of biases that must stay zero (checked here), and a norm that is used
+# only in training, for local crops
 PERIODS, MASK, LOCAL_NORM = "rope_embed.periods", "attn.qkv.bias_mask", "local_cls_norm."
 
 LAYER = re.compile(r"^(?:blocks|(?:model\.)?layer)\.(\d+)\.(.+)$")
@@ -47,24 +48,24 @@ TRANSFORMERS_BLOCK = {
     "attention.o_proj.": "attn.proj.", "mlp.down_proj.": "mlp.fc2.", "layer_scale1.lambda1": "ls1.gamma",
     "layer_scale2.lambda1": "ls2.gamma",
 }  # fmt: skip
-# parts of one of our tensors, in order
+# parts that form one tensor here, in order
 QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 RELEASED_GATED, TIMM_GATED, TRANSFORMERS_GATED = (
     ("mlp.w1", "mlp.w2"), ("mlp.fc1_g", "mlp.fc1_x"), ("mlp.gate_proj", "mlp.up_proj")
 )  # fmt: skip
-WIDTH_7B, HEADS_7B = 4096, 32  # the one model whose heads have 128 channels
+WIDTH_7B, HEADS_7B = 4096, 32  # the only model with 128 channels per head
 TIMM_BIAS = ("attn.q_bias", "attn.k_bias", "attn.v_bias")
 
 
 def recognize(keys: set[str]) -> bool:
-    """Whether registers, positions or masks are DINOv3's, or LayerScale or patches have its names in a library."""
+    """Whether names are those of DINOv3 in released files (registers, positions, masks), timm or transformers."""
     is_released = "patch_embed.proj.weight" in keys and bool({"storage_tokens", PERIODS, f"blocks.0.{MASK}"} & keys)
     is_timm = {"reg_token", "blocks.0.gamma_1"} <= keys and "pos_embed" not in keys
     return is_released or is_timm or "embeddings.patch_embeddings.weight" in keys
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
-    """Convert from any of the three kinds of names; heads of training become the extras."""
+    """Convert from any of the three sets of names; training heads are returned as extras."""
     notes: list[str] = []
     backbone, training_heads = split_by_prefix(state, HEADS)
     encoder, ignored = rename(backbone, notes)
@@ -90,7 +91,7 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any
 
 
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert to the released files' names, without the periods, which have no weights."""
+    """Convert to the names of the released files, without the periods."""
     found: dict[str, Tensor] = {}
     for key, value in _split_and_rename(encoder, RELEASED_GATED, RELEASED_BLOCK if is_gated(encoder) else {}).items():
         found[rename_prefix(key, inverted(RELEASED))] = value.view(1, -1) if key == "mask_token" else value
@@ -100,7 +101,7 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
 
 
 def to_timm(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert to timm's names, which have no mask token and no bias of the keys."""
+    """Convert to timm's names; timm has no mask token and no bias of the keys."""
     found: dict[str, Tensor] = {}
     for key, value in _split_and_rename(encoder, TIMM_GATED, TIMM_BLOCK).items():
         if key.endswith("attn.qkv.bias"):
@@ -117,7 +118,7 @@ def to_timm(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
 def to_transformers(encoder: dict[str, Tensor], key_bias: bool) -> dict[str, Tensor]:
     """Convert to transformers' names.
 
-    What it always has and we need not have is neutral there: a scale of one, a mask token of zero, no registers.
+    Modules that are optional here but not there are neutral: LayerScale of one, a mask token of zero, no registers.
     """
     block = TRANSFORMERS_BLOCK | ({} if is_gated(encoder) else {f"{TRANSFORMERS_GATED[1]}.": "mlp.fc1."})
     registers = {"reg_token": torch.zeros(1, 0, encoder["norm.weight"].shape[0])}
@@ -127,11 +128,11 @@ def to_transformers(encoder: dict[str, Tensor], key_bias: bool) -> dict[str, Ten
 
 
 def rename(state: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights under our names, from any of the three kinds, and the names of what has no place among them.
+    """Weights under our names, from any of the three sets of names, and ignored names.
 
     Raises:
         KeyError: A part of a tensor is missing.
-        ValueError: Positions, a mask of biases or a norm that this encoder does not have.
+        ValueError: Positions, a mask of biases or a norm that this encoder does not support.
     """
     names = RELEASED_BLOCK | TIMM_BLOCK | TRANSFORMERS_BLOCK
     found: dict[str, Tensor] = {}
@@ -161,13 +162,13 @@ def rename(state: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor
 
 
 def has_key_bias(encoder: dict[str, Tensor]) -> bool:
-    """Whether any bias of keys is not zero; weights without values have none."""
+    """Whether any bias of keys is nonzero; False for meta tensors."""
     biases = [value.chunk(3)[1] for key, value in encoder.items() if key.endswith("attn.qkv.bias")]
     return any(not bias.is_meta and bool(bias.any()) for bias in biases)
 
 
 def _join_block(found: dict[str, Tensor], block: str, with_key_bias: bool) -> None:
-    """Join the parts of a block's maps where they have names of their own."""
+    """Join a block's linear layers that are stored in parts with separate names."""
     for kind in ("weight", "bias"):
         can_lack_keys = kind == "bias" and not with_key_bias
         _join(found, block, [f"{name}.{kind}" for name in QKV], f"attn.qkv.{kind}", can_lack_keys)
@@ -177,12 +178,12 @@ def _join_block(found: dict[str, Tensor], block: str, with_key_bias: bool) -> No
 
 
 def _join(found: dict[str, Tensor], block: str, names: list[str], ours: str, can_lack_keys: bool = False) -> None:
-    """Put the parts of one tensor together; with `can_lack_keys` a missing second part is zero."""
+    """Concatenate the parts of one tensor; with `can_lack_keys`, a missing second part is zero."""
     pieces = [found.pop(block + name, None) for name in names]
     if all(piece is None for piece in pieces):
         return
     if names[1].startswith(TRANSFORMERS_GATED[1]) and pieces[0] is None:
-        pieces = pieces[1:]  # its MLP without a gate
+        pieces = pieces[1:]  # transformers' MLP without a gate
     if can_lack_keys and pieces[1] is None and pieces[0] is not None:
         pieces[1] = torch.zeros_like(pieces[0])
     if lacking := [name for name, piece in zip(names, pieces, strict=False) if piece is None]:
@@ -191,7 +192,7 @@ def _join(found: dict[str, Tensor], block: str, names: list[str], ours: str, can
 
 
 def _split_and_rename(encoder: dict[str, Tensor], gated: tuple[str, str], names: dict[str, str]) -> dict[str, Tensor]:
-    """Weights whose blocks have another layout's names, a gated first map in two parts."""
+    """Rename the weights of blocks to another layout, and split the first layer of gated MLPs into two parts."""
     found: dict[str, Tensor] = {}
     for key, value in encoder.items():
         if not key.startswith("blocks."):
@@ -208,18 +209,18 @@ def _split_and_rename(encoder: dict[str, Tensor], gated: tuple[str, str], names:
 
 
 def _mask_like(bias: Tensor) -> Tensor:
-    """One for the biases of queries and values, zero for those of keys."""
+    """A mask: one for the biases of queries and values, zero for those of keys."""
     query, key, value = torch.ones_like(bias).chunk(3)
     return torch.cat([query, torch.zeros_like(key), value])
 
 
 def _check_periods(periods: Tensor) -> list[str]:
-    """A note where the periods are rounded; refuses others than those of rotary_2d_normalized."""
+    """Refuse periods other than those of rotary_2d_normalized; returns a note if they are rounded."""
     number = periods.numel()
     expected = BASE ** (torch.arange(number, dtype=torch.float64) / number)
     is_row = periods.ndim == 1 and number > 0
     difference = float((periods.double() / expected - 1).abs().max()) if is_row else math.inf
-    if not difference < 2**-8:  # of bfloat16
+    if not difference < 2**-8:  # rounding error of bfloat16
         raise ValueError(f"{PERIODS}: are not the powers of {BASE:g} that this encoder's positions have.")
     if difference < 1e-6:
         return []

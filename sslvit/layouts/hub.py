@@ -23,13 +23,12 @@ def is_name(source: str | Path) -> bool:
 
 
 def snapshot(source: str) -> Path:
-    """The folder of a model in the hub's cache, downloaded if it is not there: its config and its weights.
+    """The folder of a model in the hub's cache, with config and weights, downloaded if necessary.
 
-    Weights are taken as safetensors; where there are none, as the pickles of earlier years, of which only tensors are
-    read.
+    Weights are read from safetensors, or, if there are none, from older pickle files, restricted to tensors.
 
     Raises:
-        ValueError: No such name, or it is neither in the cache nor to be had from the hub.
+        ValueError: The name is malformed, or the model is neither in the cache nor available from the hub.
         ImportError: huggingface_hub is not installed.
     """
     name = NAME.fullmatch(source)
@@ -44,7 +43,7 @@ def snapshot(source: str) -> Path:
 
 @contextmanager
 def downloads_shown(what: str) -> Iterator[None]:
-    """Say how much the hub's library has downloaded while the block runs, in the place of its own bars."""
+    """While the block runs, show how much the hub's library has downloaded, instead of its own progress bars."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     began, cache = time.time(), Path(HF_HUB_CACHE)
@@ -52,7 +51,7 @@ def downloads_shown(what: str) -> Iterator[None]:
     def megabytes() -> int:
         written = 0
         for path in cache.glob("models--*/blobs/*.incomplete"):
-            with suppress(OSError):  # it is whole now, and has its name
+            with suppress(OSError):  # the download has finished, and the file was renamed
                 about = path.stat()
                 written += about.st_size if about.st_mtime >= began else 0
         return written // 10**6
@@ -67,7 +66,7 @@ def _download(source: str, repo: str, revision: str | None, files: list[str]) ->
     try:
         with downloads_shown(source):
             return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
-    except Exception as error:  # of the hub, of its cache and of any HTTP library
+    except Exception as error:  # from the hub, its cache or any HTTP library
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{source}: neither in the hub's cache nor to be had from it ({printable(reason, 160)}). Check name and "

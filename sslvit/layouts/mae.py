@@ -23,12 +23,12 @@ DECODER = {
 
 
 def recognize(keys: set[str]) -> bool:
-    """Whether there is MAE's decoder."""
+    """Whether the weights include MAE's decoder."""
     return "decoder_pos_embed" in keys
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
-    """Official MAE names -> ours. A decoder becomes the extras, under the names of tasks/mae.py."""
+    """Official MAE names -> ours. A decoder is returned as extras, under the names in models/mae.py."""
     encoder, decoder = split_by_prefix(state, tuple(DECODER))
     encoder, head = split_by_prefix(encoder, HEADS)
     require(encoder, "norm.weight|fc_norm.weight")
@@ -43,7 +43,7 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
 
 
 def decoder_shape(extras: dict[str, Tensor]) -> dict[str, int | float]:
-    """Fields of MAESettings that the decoder's weights determine."""
+    """Fields of MAESettings, inferred from the decoder's weights."""
     embed, inner = (extras.get(f"decoder.{key}.weight") for key in ("embed", "blocks.0.mlp.fc1"))
     if embed is None or inner is None:
         raise ValueError("this checkpoint has an encoder only; load_mae needs one with its decoder.")

@@ -1,4 +1,4 @@
-"""Names that no layout knows: which one comes nearest, and what is missing for it."""
+"""For weights that no layout recognizes: find the nearest layout and its missing names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sslvit.layouts import Layout
 
 tiny = partial(EncoderSettings, image_size=[4, 4], patch=2, width=4, depth=1, heads=1)
-EXAMPLES = {  # of one block each; mae and dino have timm's names
+EXAMPLES = {  # encoders of one block; mae and dino have timm's names
     "timm": tiny(),
     "transformers": tiny(),
     "dinov2": tiny(layer_scale=1.0, mask_token=True),
@@ -27,7 +27,7 @@ EXAMPLES = {  # of one block each; mae and dino have timm's names
 
 
 def nearest_layout(keys: set[str], layouts: Mapping[str, Layout]) -> str:
-    """A sentence on the layout that most of these names belong to; empty if none has a third of its names there."""
+    """A sentence on the layout that matches best; empty if less than a third of every layout's names are present."""
     prefix = shared_prefix(keys)
     keys = keys | {key.removeprefix(prefix) for key in keys}
     found = {name: expected_names(layouts[name], settings) for name, settings in EXAMPLES.items()}
@@ -43,7 +43,7 @@ def nearest_layout(keys: set[str], layouts: Mapping[str, Layout]) -> str:
 
 
 def expected_names(layout: Layout, settings: EncoderSettings) -> set[str]:
-    """The names that every encoder of a layout has, in its first block and around the blocks."""
+    """The names that every encoder of a layout has, in its first block and outside the blocks."""
     with torch.device("meta"):
         encoder = ViTEncoder(settings)
     return set(layout.from_sslvit(encoder.state_dict(), {}))

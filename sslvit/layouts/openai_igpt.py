@@ -1,7 +1,8 @@
 """iGPT's released weights: the TensorFlow variables as arrays, and transformers' ImageGPT.
 
-In transformers' layout linear weights are stored (in, out), the start token is the last row of the token table, and the
-output matrix is untied; it becomes the extra `head.weight`. TensorFlow's variables are brought into that layout first.
+In transformers' layout, linear weights are stored as (in, out), the start token is the last row of the token table, and
+the output matrix is untied; it is returned as the extra `head.weight`. TensorFlow's variables are first converted to
+that layout.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ NOT_WEIGHTS = ("adam", "global_step", "_step", "beta1_power", "beta2_power", "cl
 
 
 def recognize(keys: set[str]) -> bool:
-    """Whether there is iGPT's token table, under either library's name."""
+    """Whether the weights include iGPT's token table, under either library's name."""
     names = {key.removeprefix("transformer.") for key in keys}
     return "wte.weight" in names or is_tensorflow(keys)
 
@@ -43,15 +44,15 @@ def plain_name(key: str) -> str:
 
 
 def released_heads(width: int, depth: int) -> int | None:
-    """The number of heads of the model that was released in this size; None if there is none."""
+    """The number of heads of the released model of this size; None if there is none."""
     shapes = {(values["width"], values["depth"]): values for name, values in PRESETS.items() if name.startswith("igpt")}
     return shapes[width, depth]["heads"] if (width, depth) in shapes else None
 
 
 def from_tensorflow(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int, list[str]]:
-    """TensorFlow's variables -> transformers' state dict, the number of heads (by their shapes), ignored names.
+    """TensorFlow's variables -> transformers' state dict, the number of heads (from their shapes), and ignored names.
 
-    Queries, keys and values are stored (heads, channels of a head, width), as is the projection behind them.
+    The weights of queries, keys and values and the output projection are stored as (heads, channels of a head, width).
     """
     state = {plain_name(key): value for key, value in state.items()}
     ignored = [key for key in state if any(word in key.lower() for word in NOT_WEIGHTS)]
@@ -78,10 +79,10 @@ def from_tensorflow(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int, l
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
-    """Either layout -> ours.
+    """Convert either layout.
 
-    Without `heads`, those of the released model of this size are taken, or 64 channels each. The palette is one of the
-    `changes`: a file of colors, a list of them, or uniform, which is set with a note if none is given.
+    If `heads` is None, it is that of the released model of this size, or one head per 64 channels. The palette is
+    one of the `changes`: a file of colors, a list of colors, or uniform, which is the default and leaves a note.
     """
     notes: list[str] = []
     ignored: list[str] = []
@@ -96,7 +97,7 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any
 
 
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names -> those of transformers' ImageGPT; biases that our encoder does not have are zero there."""
+    """Our names -> those of transformers' ImageGPT; biases that our encoder lacks are set to zero."""
     found = {
         "wte.weight": torch.cat([encoder["patch_embed.embed.weight"], encoder["patch_embed.start_token"][0]]),
         "wpe.weight": encoder["pos_embed"][0],
@@ -134,7 +135,7 @@ def _convert(
     for key, value in state.items():
         if not key.startswith("h.") and key not in tables:
             extras[key] = value
-        elif key.endswith((".attn.bias", ".attn.masked_bias")):  # of the causal mask
+        elif key.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
             ignored.append(key)
         elif key.startswith("h."):
             _, number, name = key.split(".", 2)

@@ -1,7 +1,7 @@
-"""How released models preprocess images: what their files state, and what is known where no file states it.
+"""Preprocessing of released models: read from their files, or known from their papers and code.
 
-An encoder's settings hold it as mean, std, interpolation, crop_mode and crop_fraction. What a library does differently
-becomes a note for the reader. transformers' processors are read in transformers_processor.py.
+An encoder's settings store it as mean, std, interpolation, crop_mode and crop_fraction. Differences from a library's
+preprocessing become notes for the user. transformers_processor.py reads the processors of transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CLIP = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130
 MIDDLE: dict[str, Any] = {"crop_mode": "center", "crop_fraction": 0.875}  # 224 of 256
 UNCROPPED: dict[str, Any] = {"crop_mode": "center", "crop_fraction": 1.0}
 SQUASHED: dict[str, Any] = {"crop_mode": "squash", "crop_fraction": 1.0}
-RELEASED: dict[str, dict[str, Any]] = {  # as the released models are evaluated by those who released them
+RELEASED: dict[str, dict[str, Any]] = {  # as in the authors' evaluation of the released models
     "mae": {**IMAGENET, "interpolation": "bicubic", **MIDDLE},
     "dino": {**IMAGENET, "interpolation": "bicubic", **MIDDLE},
     "dinov2": {**IMAGENET, "interpolation": "bicubic", **MIDDLE},
@@ -34,14 +34,14 @@ RELEASED: dict[str, dict[str, Any]] = {  # as the released models are evaluated 
 }
 AUTHORS = {"mae": "MAE", "dino": "DINO", "dinov2": "DINOv2", "dinov3": "DINOv3"}
 SATELLITE, SATELLITE_IMAGES = "sat493m", {"mean": [0.430, 0.411, 0.296], "std": [0.213, 0.156, 0.143]}  # of DINOv3
-MIN_UNCROPPED_AUGREG = 384  # pixels from which on timm evaluates augreg's models without a crop
+MIN_UNCROPPED_AUGREG = 384  # image size from which timm evaluates augreg models without a crop
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 TIMM_NAME = re.compile(r"^(flexi)?(vit|deit3?)_\w+")
 TIMM_CROP_PCT = 0.875  # timm's default
 
 
 def describe_preprocessing(found: dict[str, Any]) -> str:
-    """Settings of preprocessing in one line."""
+    """Preprocessing settings in one line."""
     texts = [f"{key} {', '.join(f'{value:.4g}' for value in found[key])}" for key in ("mean", "std") if key in found]
     texts += [found[key] for key in ("interpolation",) if key in found]
     if "crop_mode" in found or "crop_fraction" in found:
@@ -50,12 +50,12 @@ def describe_preprocessing(found: dict[str, Any]) -> str:
 
 
 def released_preprocessing(family: str, channels: int) -> dict[str, Any]:
-    """How a family's authors evaluate its models; without mean and deviation if the number of channels differs."""
+    """The preprocessing in the authors' evaluation of a family; without mean and std unless there are 3 channels."""
     return {key: value for key, value in RELEASED[family].items() if channels == 3 or key not in ("mean", "std")}
 
 
 def assume_preprocessing(family: str, channels: int, changes: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """`released_preprocessing` without what the user gives; the notes receive a line on it."""
+    """`released_preprocessing`, without settings given by the user; appends a note on it."""
     found = {key: value for key, value in released_preprocessing(family, channels).items() if key not in changes}
     if found:
         text = describe_preprocessing(found)
@@ -66,7 +66,7 @@ def assume_preprocessing(family: str, channels: int, changes: dict[str, Any], no
 def guess_from_file_name(
     source: str, channels: int, image_size: int, changes: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
-    """Preprocessing of weights whose path may contain the name of one of timm's models, and a line on its origin."""
+    """Guess preprocessing from a path that may contain the name of a timm model; also returns a note on its origin."""
     origin, found = "", dict[str, Any]()
     for name in reversed(Path(source).parts):
         name = re.sub(r"\.(pth|pt|bin|safetensors|npz|ckpt|tar)$", "", name)
@@ -92,7 +92,7 @@ def guess_from_file_name(
 
 
 def _config_of_timm(name: str) -> dict[str, Any] | None:
-    """The pretrained_cfg of one of timm's models; None if timm is not installed or does not know the name."""
+    """The pretrained_cfg of a timm model; None if timm is not installed or does not know the name."""
     try:
         from timm.models import get_pretrained_cfg
 
@@ -126,7 +126,7 @@ def from_timm(config: dict[str, Any], image_size: list[int], name: str) -> tuple
             f"here; {crop_words('center', 1.0)} is used."
         )
         return found | UNCROPPED, notes
-    # timm resizes to whole pixels, so what it keeps is a little more than crop_pct
+    # timm rounds the resized image down to whole pixels, so it keeps slightly more than crop_pct
     fraction = min(1.0, *(side / whole for side, whole in zip(image_size, resized, strict=True)))
     return found | {"crop_mode": mode, "crop_fraction": fraction}, notes
 

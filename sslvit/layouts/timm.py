@@ -1,4 +1,4 @@
-"""timm's VisionTransformer. Our names are timm's, so the weights pass through untouched, but for two tokens."""
+"""timm's VisionTransformer. Our names are timm's, so the weights stay unchanged except for two tokens."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch import Tensor
 
 from sslvit.layouts.vit import HEADS, Converted, settings_from_shapes, split_by_prefix
 
-# why BEiT's weights cannot be held
+# the reason why BEiT's weights are refused
 OWN_BIAS = "each of its blocks learns a relative position bias with entries for the class token, and has no key bias"
 
 
 def recognize(keys: set[str]) -> bool:
-    """Whether patch embedding and first block have timm's names."""
+    """Whether the patch embedding and the first block have timm's names."""
     return "patch_embed.proj.weight" in keys and "blocks.0.attn.qkv.weight" in keys
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
-    """Convert from timm's names; the classifier becomes the extras.
+    """Convert from timm's names; the classifier is returned as extras.
 
     Raises:
-        ValueError: Weights of a BEiT.
+        ValueError: The weights are those of a BEiT.
     """
     notes: list[str] = []
     if any(key.endswith("relative_position_bias_table") for key in state):
@@ -38,7 +38,7 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DeiT's distillation token as a register, and the projected query of an attention pool in place of its parts."""
+    """Rename DeiT's distillation token to a register, and multiply out the query projection of an attention pool."""
     names = {"dist_token": "reg_token", "attn_pool.latent": "attn_pool.query"}
     found = {names.get(key, key): value for key, value in state.items() if not key.startswith("attn_pool.q.")}
     if "attn_pool.q.weight" in state and "attn_pool.query" in found:
@@ -48,5 +48,5 @@ def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert to timm, which has no mask token."""
+    """Convert to timm's names; timm has no mask token."""
     return {key: value for key, value in encoder.items() if key != "mask_token"} | extras

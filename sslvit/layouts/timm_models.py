@@ -1,4 +1,4 @@
-"""timm's pretrained models, by name or from a folder, compared with timm's own outputs before they are taken."""
+"""timm's pretrained models, by name or from a folder; our outputs are compared with timm's before they are accepted."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from sslvit.weight_files import count_blocks, read_folder_weights
 logger = logging.getLogger(__name__)
 
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}  # timm's classes -> our names
-TOLERANCE = 1e-3  # of outputs that are about 1 in size
-MODULES = ("vision_transformer", "deit", "eva")  # of timm, with plain vision transformers and DINOv3's
-HTTP = ("httpx", "requests", "urllib3")  # libraries by which the hub is reached
-MAX_PATCHES = 1 << 16  # of the images on which both are compared
+TOLERANCE = 1e-3  # for outputs with a magnitude of about 1
+MODULES = ("vision_transformer", "deit", "eva")  # timm's modules with plain vision transformers and DINOv3
+HTTP = ("httpx", "requests", "urllib3")  # libraries that may connect to the hub
+MAX_PATCHES = 1 << 16  # of the images for the comparison
 
 
 def from_folder(path: Path, **changes: Any) -> Converted | None:
-    """The model in a folder that timm opens, as `sslvit export --format timm` writes; None for other folders."""
+    """Convert the model in a folder for timm, such as `sslvit export --format timm` writes; None for other folders."""
     config = transformers_folder.stated(path)
     if not {"architecture", "pretrained_cfg"} <= config.keys():
         return None
@@ -42,12 +42,12 @@ def from_folder(path: Path, **changes: Any) -> Converted | None:
 
 
 def from_name(name: str, **changes: Any) -> Converted:
-    """A pretrained model of timm's by its name; timm downloads the weights.
+    """Convert a pretrained timm model by name; timm downloads the weights.
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: The name is unknown, the weights are unavailable, or the model is no plain ViT, computes something
-            else or pools in a way that the encoder does not have.
+        ValueError: The name is unknown, the weights are unavailable, or the model is not a plain ViT, has other outputs
+            or uses a kind of pooling that the encoder does not support.
     """
     _import_timm(name)
     logger.info(f"timm:{name}: downloading its weights, unless they are in the hub's cache")
@@ -55,7 +55,7 @@ def from_name(name: str, **changes: Any) -> Converted:
 
 
 def _from_timm(name: str, changes: dict[str, Any]) -> Converted:
-    """A model by its name for timm, which is local-dir:FOLDER for one in a folder."""
+    """Convert a model by its name in timm, or from a folder with local-dir:FOLDER as the name."""
     model = create(name, pretrained=True).eval()
     _check_plain(name, model)
     prepared, notes = from_timm(model.pretrained_cfg, list(model.patch_embed.img_size), name)
@@ -101,7 +101,7 @@ def _from_timm(name: str, changes: dict[str, Any]) -> Converted:
 
 
 def _pooling(name: str, global_pool: str, has_class: bool, changes: dict[str, Any], notes: list[str]) -> str:
-    """Our name for how a model of timm's pools."""
+    """Our name for the pooling of a timm model."""
     known = {"token": "class", "avg": "mean", "map": "attention"}
     if global_pool in known or "pooling" in changes:
         return known.get(global_pool, "mean")
@@ -116,7 +116,7 @@ def _pooling(name: str, global_pool: str, has_class: bool, changes: dict[str, An
 
 
 def _activation(model: Any, notes: list[str]) -> dict[str, str]:
-    """Our name for the activation of a model's MLPs, which leaves no weight; nothing where it is none of ours."""
+    """Our name for the activation of a model's MLPs, which has no weights; empty if we do not have it."""
     found = ACTIVATIONS.get(type(model.blocks[0].mlp.act).__name__)
     remarks = " ".join(map(str, model.pretrained_cfg.get("notes") or ()))
     if found != "quick_gelu" and "QuickGELU" in remarks:
@@ -132,7 +132,7 @@ def _import_timm(name: str) -> ModuleType:
 
 
 def create(name: str, pretrained: bool) -> Any:
-    """A model of timm's, which sets its attributes dynamically, without its classifier; errors become one line."""
+    """Make a timm model without its classifier; errors become one line. Any, as timm sets attributes dynamically."""
     timm = _import_timm(name)
     try:
         with downloads_shown(f"timm:{name}"):
@@ -142,7 +142,7 @@ def create(name: str, pretrained: bool) -> Any:
 
 
 def _explain(error: Exception, name: str) -> str:
-    """Why there is no such model, and what to do."""
+    """The reason why the model is not available, and a remedy."""
     import timm
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -168,7 +168,7 @@ def _check_plain(name: str, model: nn.Module) -> None:
 
 
 def _check_fits(name: str, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Refuse a folder whose settings describe another network than its weights, before memory is taken for it."""
+    """Refuse a folder with settings that do not match its weights, before memory is allocated."""
     arguments, architecture = config.get("model_args") or {}, config["architecture"]
     if not isinstance(architecture, str) or not _import_timm(name).models.is_model_in_modules(architecture, MODULES):
         raise ValueError(
@@ -185,6 +185,6 @@ def _check_fits(name: str, config: dict[str, Any], weights: dict[str, Tensor]) -
     _check_plain(name, model)
     for key, value in model.state_dict().items():
         there = tuple(weights[key].shape) if key in weights else "missing"
-        is_table = key == "pos_embed" and key in weights and value.shape[1] <= MAX_PATCHES  # timm may stretch it
+        is_table = key == "pos_embed" and key in weights and value.shape[1] <= MAX_PATCHES  # timm may interpolate it
         if there != tuple(value.shape) and not is_table:
             raise ValueError(f"timm:{name}: states {tuple(value.shape)} for {key}, which is {there} among its weights.")

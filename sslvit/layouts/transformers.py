@@ -1,6 +1,6 @@
-"""Names of transformers' ViT and its kin, Dinov2 and Dinov2WithRegisters, also without their folder.
+"""Names of transformers' ViT and its variants, Dinov2 and Dinov2WithRegisters, also for weights without their folder.
 
-What config.json and preprocessor_config.json would state is then taken from the released models, with a note.
+Without config.json and preprocessor_config.json, settings are those of the released models, with a note.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ VIT_BLOCK = {
     "output.dense.": "mlp.fc2.",
 }  # fmt: skip
 GATED = {"mlp.weights_in.": "mlp.fc1.", "mlp.weights_out.": "mlp.fc2."}
-# from its fifth version on, names in memory (a saved state_dict) differ from those in its own files
+# from transformers 5 on, names in memory (a saved state_dict) differ from those in its own files
 IN_MEMORY = {"attention.o_proj.": "attn.proj.", "mlp.down_proj.": "mlp.fc2."}
 EVERY_BLOCK = BLOCK | VIT_BLOCK | GATED | IN_MEMORY
-DISTILLATION = "embeddings.distillation_token"  # of DeiT: here a register with a position of its own
+DISTILLATION = "embeddings.distillation_token"  # of DeiT; here a register with a position
 LAYER = re.compile(r"^(?:encoder\.layers?|layers)\.(\d+)\.(.+)$")
 PIECE = re.compile(
     r"^(?:attention\.attention\.(query|key|value)|(?:attention|self_attn)\.([qkv]_proj)|mlp\.(gate_proj|up_proj))"
@@ -45,17 +45,17 @@ ALWAYS: dict[str, Any] = {
     "class_token": True, "final_norm": True, "pos_embed": "learned_1d", "prefix_positions": "class",
     "pooling": "class", "fc_norm": False, "qk_norm": False, "bias": True,
 }  # fmt: skip
-"""What every ViT and Dinov2 of transformers has, whatever its settings."""
+"""Settings of every ViT and Dinov2 in transformers."""
 TITLES = {"vit": "ViT", "dinov2": "Dinov2"}
 
 
 def recognize(keys: set[str]) -> bool:
-    """Whether the patches are embedded under transformers' name."""
+    """Whether the patch embedding has transformers' name."""
     return "embeddings.patch_embeddings.projection.weight" in keys
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
-    """Convert from transformers; the pooler and the classifier become the extras."""
+    """Convert from transformers' names; the pooler and the classifier are returned as extras."""
     notes: list[str] = []
     encoder, extras = rename(state)
     is_dinov2 = any(".ls1." in key for key in encoder)
@@ -77,17 +77,16 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any
 
 
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert to the names of the model that holds these weights."""
+    """Convert to the names of the model in transformers that fits these weights."""
     is_dinov2 = any(".ls1." in key for key in encoder)
     kind = "dinov2_with_registers" if "reg_token" in encoder else "dinov2" if is_dinov2 else "vit"
     return to_transformers(encoder, kind) | extras
 
 
 def to_transformers(encoder: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Convert to the names of vit, ijepa, deit, dinov2 or dinov2_with_registers, whose rows of positions it has.
+    """Convert to the names of vit, ijepa, deit, dinov2 or dinov2_with_registers; the position table must fit the kind.
 
-    The last two multiply each branch by a scale per channel, one where we have none, and have a mask token, zero
-    where we have none.
+    The last two always have LayerScale and a mask token, which are set to one and zero if our encoder has none.
     """
     is_dinov2 = kind.startswith("dinov2")
     block = BLOCK | (VIT_BLOCK if not is_dinov2 else GATED if is_gated(encoder) else {})
@@ -102,7 +101,7 @@ def to_transformers(encoder: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def with_neutral(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with what Dinov2 and DINOv3 always have and we need not have: scales of one, a mask token of zero."""
+    """Add modules that Dinov2 and DINOv3 always have, unless present: LayerScale of one, a mask token of zero."""
     width, blocks = encoder["norm.weight"].shape[0], range(count_blocks(encoder, "blocks."))
     scales = {f"blocks.{number}.ls{which}.gamma": torch.ones(width) for number in blocks for which in (1, 2)}
     return scales | {"mask_token": torch.zeros(1, 1, width)} | encoder
@@ -111,7 +110,7 @@ def with_neutral(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
 def rename_back(
     encoder: dict[str, Tensor], names: dict[str, str], block: dict[str, str], layers: str, thirds: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The inverse of `rename`, with the names of queries, keys and values, and what is in front of a block's number."""
+    """The inverse of `rename`; `layers` is the prefix of block numbers, `thirds` the names of query, key and value."""
     found: dict[str, Tensor] = {}
     for key, value in encoder.items():
         if not key.startswith("blocks."):
@@ -129,9 +128,9 @@ def rename_back(
 def rename(
     state: dict[str, Tensor], names: dict[str, str] = NAMES, block: dict[str, str] = EVERY_BLOCK
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The encoder under our names, and the rest (pooler, classifier) under its own.
+    """The encoder under our names, and other modules (pooler, classifier) under their original names.
 
-    `names` and `block` are its names outside the blocks and inside them -> ours.
+    `names` and `block` map foreign names outside and inside the blocks to ours.
     """
     encoder: dict[str, Tensor] = {}
     extras: dict[str, Tensor] = {}
@@ -159,12 +158,12 @@ def rename(
 
 
 def remove_mask_token(encoder: dict[str, Tensor]) -> list[str]:
-    """Remove the mask token of a ViT, which only its pretraining used; returns its name, if it was there."""
+    """Remove a ViT's mask token, which only its pretraining used; returns its name in a list, empty if absent."""
     return ["embeddings.mask_token"] if encoder.pop("mask_token", None) is not None else []
 
 
 def fill_biases(encoder: dict[str, Tensor]) -> bool:
-    """Add zero biases of queries, keys and values to a model that has only the others; returns whether it has none."""
+    """Add zero biases of queries, keys and values unless the model has them; returns whether it had none."""
     if any(key.endswith("attn.qkv.bias") for key in encoder):
         return False
     for key in [key for key in encoder if key.endswith("attn.proj.bias")]:

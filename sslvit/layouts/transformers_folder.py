@@ -1,6 +1,6 @@
-"""Folders that transformers writes: ViT and its kin, Dinov2, DINOv3, vision towers, and ImageGPT.
+"""Folders written by transformers: ViT and its variants, Dinov2, DINOv3, vision towers, and ImageGPT.
 
-config.json states what the shapes do not (heads, epsilon), preprocessor_config.json the preprocessing.
+config.json states settings that the shapes do not show (heads, epsilon), preprocessor_config.json the preprocessing.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ VIT_KINDS: dict[str, dict[str, Any]] = {
     "vit": {}, "vit_mae": vit_mae.KNOWN, "vit_msn": {}, "ijepa": {"class_token": False, "pooling": "mean"},
     "deit": {"registers": 1, "prefix_positions": "all"},  # its distillation token
 }  # fmt: skip
-"""Models with ViT's blocks and names -> what each has besides what every ViT has."""
+"""Models with ViT's blocks and names -> settings in which each differs from ViT."""
 MODELS = (*VIT_KINDS, "dinov2", "dinov2_with_registers", "dinov3_vit", *clip.KINDS, "imagegpt")
 REFUSED = {
     "beit": OWN_BIAS, "data2vec-vision": OWN_BIAS,
     "siglip2": "its images have any proportions, and their patches are padded and masked",
 }  # fmt: skip
-"""Models that this encoder cannot hold -> why."""
+"""Models that this encoder cannot represent -> the reason."""
 
 
 def is_folder(path: Path) -> bool:
@@ -41,7 +41,7 @@ def is_folder(path: Path) -> bool:
 
 
 def stated(folder: Path) -> dict[str, Any]:
-    """The content of a folder's config.json, whatever wrote it; nothing where there is none that can be read."""
+    """The content of a folder's config.json, from any library; empty if there is none or it cannot be read."""
     try:
         return _read_json(folder / "config.json")
     except (OSError, ValueError):
@@ -49,12 +49,12 @@ def stated(folder: Path) -> dict[str, Any]:
 
 
 def model_type(path: Path) -> Any:
-    """What the config.json of a folder calls its model; None where it says nothing."""
+    """The model_type in a folder's config.json; None if it is missing."""
     return _read_json(path / "config.json").get("model_type")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of config.json, if it is of a plain vision transformer."""
+    """Read config.json, and refuse models other than plain vision transformers."""
     config = _read_json(path / "config.json")
     if config.get("model_type") not in MODELS:
         kind = config.get("model_type", "no model_type")
@@ -67,7 +67,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def to_sslvit(state: dict[str, Tensor], path: Path, **changes: Any) -> Converted:
-    """Convert a folder's weights, which must have all that its config.json states; `changes` override settings."""
+    """Convert a folder's weights, which must agree with its config.json; `changes` override settings."""
     config = read_config(path)
     try:
         return _convert(state, config, path, changes)
@@ -77,10 +77,10 @@ def to_sslvit(state: dict[str, Tensor], path: Path, **changes: Any) -> Converted
 
 
 def mae_decoder(path: Path, extras: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Fields of MAESettings that a ViTMAE's config.json states, and its decoder, among what is not its encoder's.
+    """Fields of MAESettings in a ViTMAE's config.json, and its decoder, which is among the weights in `extras`.
 
     Raises:
-        ValueError: Something is missing.
+        ValueError: Settings or weights are missing.
     """
     try:
         return vit_mae.mae_settings(read_config(path)), vit_mae.decoder_to_sslvit(extras)
@@ -108,7 +108,7 @@ def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, chang
     except (TypeError, ValueError) as error:
         raise ValueError(f"{processor}: damaged ({brief(str(error))}). Is the download complete?") from error
     if is_igpt:
-        clusters = (content or {}).get("clusters")  # the colors that pixels are mapped to
+        clusters = (content or {}).get("clusters")  # the color palette
         palette = {} if clusters is None else {"palette": clusters}
         known = prepared | palette | _imagegpt_settings(config, path)
         converted = openai_igpt.to_sslvit(state, config["n_head"], **known | changes)
@@ -137,7 +137,7 @@ def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, chang
 
 
 def shape_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings that a config.json states and shapes show, so that both can be compared."""
+    """Settings in a config.json that can also be inferred from shapes, so that both can be compared."""
     found = {ours: config[theirs] for theirs, ours in SHAPE.items() if theirs in config}
     if isinstance(found.get("patch"), list) and len(set(found["patch"])) == 1:
         found["patch"] = found["patch"][0]
@@ -147,7 +147,7 @@ def shape_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _vit_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Settings of a ViT or Dinov2 by its config.json."""
+    """Settings of a ViT or Dinov2 from its config.json."""
     is_dinov2 = config["model_type"].startswith("dinov2")
     is_gated = bool(config.get("use_swiglu_ffn"))
     activation = config.get("hidden_act", "gelu")
@@ -166,7 +166,7 @@ def _vit_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _dinov3_settings(config: dict[str, Any], state: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """Settings of a DINOv3ViT by its config.json."""
+    """Settings of a DINOv3ViT from its config.json."""
     is_gated = config.get("use_gated_mlp", False)
     activation, base = config.get("hidden_act", "gelu"), config.get("rope_theta", dinov3.BASE)
     if activation != ("silu" if is_gated else "gelu"):
@@ -192,7 +192,7 @@ def _dinov3_settings(config: dict[str, Any], state: dict[str, Tensor], path: Pat
 
 
 def _imagegpt_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Settings of an ImageGPT by its config.json."""
+    """Settings of an ImageGPT from its config.json."""
     activation = config.get("activation_function", "quick_gelu")
     if activation != "quick_gelu":
         raise ValueError(f"{path}: activation_function {activation} is not quick_gelu, so it cannot be held.")

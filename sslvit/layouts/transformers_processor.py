@@ -1,4 +1,4 @@
-"""Preprocessing as transformers' processors state it (preprocessor_config.json)."""
+"""Read preprocessing from the files of transformers' image processors (preprocessor_config.json)."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ FAMILY_OF = {"vit": ("vit", "transformers' ViT"), "imagegpt": ("vit", "transform
              "dinov3_vit": ("dinov3", "the released DINOv3 models"),
              "clip_vision_model": ("clip", "CLIP's own evaluation"),
              "siglip_vision_model": ("siglip", "the released SigLIP models")}  # fmt: skip
-"""Whose preprocessing a model without a processor's file has, for the settings and for the reader."""
+"""Model -> family with the preprocessing to assume without a processor's file, and its name in messages."""
 
 
 def from_transformers(
     content: dict[str, Any] | None, model: str, channels: int, image_size: list[int]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Settings and notes from preprocessor_config.json (None if missing), with its processor's defaults."""
+    """Settings and notes from a preprocessor_config.json (None if missing), with the defaults of its processor."""
     if content is None:
         family, who = FAMILY_OF.get(model, ("dinov2", "the released DINOv2 models"))
         found = released_preprocessing(family, channels)
@@ -67,7 +67,7 @@ def from_transformers(
 def _normalization(
     content: dict[str, Any], defaults: dict[str, Any], channels: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Mean and deviation of pixels in [0, 1], whatever a processor scales them by."""
+    """Mean and standard deviation for pixels in [0, 1], for any scaling by the processor."""
     mean, std = (content.get(f"image_{key}") or (defaults[key] if channels == 3 else [0.5] * channels)
                  for key in ("mean", "std"))  # fmt: skip
     if content.get("do_normalize", True) is False:
@@ -84,7 +84,7 @@ def _normalization(
 
 
 def _crop(content: dict[str, Any], defaults: dict[str, Any], image_size: list[int]) -> tuple[dict[str, Any], list[str]]:
-    """Which part of an image a processor keeps."""
+    """The part of an image that a processor keeps."""
     height, width = image_size
     is_cropped = content.get("do_center_crop", defaults["is_cropped"] or "crop_size" in content) is not False
     crop = _height_and_width(content.get("crop_size", 224 if "size" not in content else None)) if is_cropped else None
@@ -128,7 +128,7 @@ def _size_mismatch(processed: tuple[float, float], image_size: list[int], states
 
 
 def _height_and_width(value: Any) -> tuple[float, float] | None:
-    """Height and width, of a number or a record of both."""
+    """Height and width, from a number or a dict with both."""
     if is_number(value):
         return value, value
     if isinstance(value, dict) and is_number(value.get("height")) and is_number(value.get("width")):

@@ -1,8 +1,8 @@
-"""What released files put around a network's weights: entries, prefixes of names, other networks, other modules.
+"""Find a network's weights in a released file, among entries, prefixes of names, other networks and other modules.
 
 A file may hold {"student": {...}, "teacher": {...}}, {"state_dict": {"module.backbone.cls_token": ...}} or names such
-as "teacher.backbone.cls_token" side by side with those of its head. All of this is found by the names that every
-vision transformer has (`ANCHORS`): what stands in front of such a name is a prefix.
+as "teacher.backbone.cls_token" side by side with those of its head. Networks are found by names that every vision
+transformer has (`ANCHORS`): everything in front of such a name is a prefix.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sslvit.files import printable
 
 ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight",
            "embeddings.patch_embeddings.weight", "wte.weight")  # fmt: skip
-# in a file with several networks: the average over training is the result that papers report and evaluate
+# in a file with several networks, papers evaluate the moving average of the weights
 AVERAGES = ("teacher", "model_ema", "state_dict_ema", "ema", "ema_model", "params_ema", "target_encoder",
             "momentum_encoder")  # fmt: skip
 PLAIN = ("student", "model", "state_dict", "encoder", "base_encoder", "backbone", "module", "net", "network", "params")
@@ -31,9 +31,9 @@ class Unwrapped:
 
     Args:
         weights: Its weights, without a prefix.
-        beside: Other tensors that belong to it (a projection head, a decoder), without the prefix that all share.
+        beside: Other tensors that belong to it (a projection head, a decoder), without the common prefix.
         prefix: The prefix that was removed.
-        notes: What a reader should know, one line each.
+        notes: Remarks for the user, one line each.
     """
 
     weights: dict[str, Tensor]
@@ -50,17 +50,17 @@ class Unwrapped:
 def unwrap(
     content: dict[str, Any], source: str, network: str | None = None, anchors: tuple[str, ...] = ANCHORS
 ) -> Unwrapped:
-    """The network in a file's content.
+    """Find the network in a file's content.
 
     Args:
         content: The content as read.
         source: The file, for messages.
-        network: An entry or part of a name, such as student or model_ema, of a file with several networks; None for the
-            teacher, an average over training, or what there is.
-        anchors: Names that every network of the kind that is searched has.
+        network: An entry or part of a name, such as student or model_ema, for a file with several networks; None for
+            the teacher or moving average if there is one.
+        anchors: Names that every network of the requested kind has.
 
     Raises:
-        ValueError: There are no weights, none of this network, or several networks and no way to choose.
+        ValueError: There are no weights, none of this network, or several networks without a preferred one.
     """
     dicts = state_dicts(content)
     if not dicts:
@@ -71,7 +71,7 @@ def unwrap(
         labels = {label: key for label, key in labels.items() if network in label.split(".")}
         if not labels:
             raise ValueError(f"{source}: holds no {network} ({_list_entries(content)}).")
-    if not labels:  # no vision transformer; the layouts report what is missing
+    if not labels:  # no vision transformer; the layouts report the missing names
         entry = max(dicts, key=lambda name: len(dicts[name]))
         return Unwrapped(dicts[entry])
     label = _choice(list(labels), source)
@@ -96,7 +96,7 @@ def unwrap(
 
 
 def state_dicts(content: dict[str, Any], entry: str = "", nested: int = 0) -> dict[str, dict[str, Tensor]]:
-    """Name of an entry -> the tensors in it, for every entry that holds tensors; "" for the file itself."""
+    """Name of an entry -> its tensors, for every entry that contains tensors; "" for the file itself."""
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     found = {entry: tensors} if tensors else {}
     for key, value in content.items():
@@ -106,13 +106,13 @@ def state_dicts(content: dict[str, Any], entry: str = "", nested: int = 0) -> di
 
 
 def prefixes_of(names: dict[str, Any], anchors: tuple[str, ...] = ANCHORS) -> list[str]:
-    """Prefixes of the names that every vision transformer, or another kind of network, has; "" for none."""
+    """Prefixes of the anchors, one for each network; "" for no prefix."""
     found = {key[: -len(anchor)] for key in names for anchor in anchors if key.endswith(anchor)}
     return sorted(prefix for prefix in found if not prefix or prefix.endswith("."))
 
 
 def shared_prefix(names: set[str]) -> str:
-    """The longest prefix of whole parts that all names share."""
+    """The longest prefix of complete dotted parts that all names share."""
     shared: list[str] = []
     for words in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(words)) > 1:
@@ -141,13 +141,13 @@ def _choice(labels: list[str], source: str) -> str:
 
 
 def _name(label: str, others: list[str]) -> str:
-    """The first part of a label that tells it from others; the label itself where none does."""
+    """The first part of a label that distinguishes it from others; the whole label if there is none."""
     elsewhere = {word for other in others for word in other.split(".")}
     return printable(next((word for word in label.split(".") if word not in elsewhere), label or "the file itself"))
 
 
 def _scope(prefix: str, others: list[str]) -> str:
-    """The shortest part of a prefix that no other network has, so that what is beside this one there belongs to it."""
+    """The shortest part of a prefix that no other network shares; all tensors with it belong to this network."""
     words = prefix.split(".")[:-1]
     for number in range(len(words) + 1):
         scope = "".join(f"{word}." for word in words[:number])

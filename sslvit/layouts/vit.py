@@ -1,4 +1,4 @@
-"""What released ViTs have in common: settings read from the shapes of a state dict in timm's names."""
+"""Common code for released ViTs: infer settings from the shapes of a state dict with timm's names."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ HEADS = (
     "lm_head.", "score.", "pooler.", "pre_logits.", "projector.", "projection_head.", "predictor.", "prediction_head.",
     "last_layer.", "dino_head.", "ibot_head.",
 )  # fmt: skip
-"""Prefixes of what training puts behind an encoder: classifiers, projections, predictors."""
+"""Prefixes of modules that training adds after an encoder: classifiers, projections, predictors."""
 
 
 @dataclass
 class Converted:
-    """A foreign checkpoint in our terms.
+    """A converted checkpoint.
 
     Args:
         settings: Settings of the encoder.
         encoder: State dict of ViTEncoder.
         extras: Other modules under our names ("decoder....", "head....").
-        notes: What was inferred, one line each, for the reader.
-        ignored: Names in the file that are no weights (masks, counters).
+        notes: Inferred settings and other remarks for the user, one line each.
+        ignored: Names in the file that are not weights (masks, counters).
         num_read: Number of tensors in the file.
     """
 
@@ -43,7 +43,7 @@ class Converted:
     num_read: int = 0
 
     def summary(self) -> str:
-        """Where every tensor of the file went, in one line."""
+        """A line that accounts for every tensor of the file."""
         loaded = self.num_read - len(self.extras) - len(self.ignored)
         modules = Counter(key.split(".")[0] for key in self.extras)
         others = f"; not the encoder's: {', '.join(f'{name} ({n})' for name, n in modules.items())}" if modules else ""
@@ -60,9 +60,9 @@ def convert_vit(
     changes: dict[str, Any],
     **known: Any,
 ) -> Converted:
-    """A released ViT in timm's names, preprocessed as its authors evaluate it.
+    """Convert a released ViT with timm's names; preprocessing is that of its authors' evaluation.
 
-    `known` are settings that every model of the family has, `changes` those that the user gives; the latter win.
+    `known` are settings of all models of the family, `changes` settings given by the user, which take precedence.
     """
     notes: list[str] = []
     prepared = assume_preprocessing(family, encoder["patch_embed.proj.weight"].shape[1], changes, notes)
@@ -71,7 +71,7 @@ def convert_vit(
 
 
 def infer_heads(width: int, heads: int | None, notes: list[str]) -> int:
-    """The number of heads, which weights do not show: as given, or the usual 64 channels a head, with a note."""
+    """The number of heads, which weights do not show: as given, or the usual 64 channels per head, with a note."""
     if heads is not None:
         return heads
     if width % 64:
@@ -84,16 +84,16 @@ def infer_heads(width: int, heads: int | None, notes: list[str]) -> int:
 
 
 def is_gated(encoder: dict[str, Tensor]) -> bool:
-    """Whether the MLPs are gated: their first map makes twice the channels that the second one reads."""
+    """Whether the MLPs are gated: the first layer has twice as many outputs as the second has inputs."""
     return encoder["blocks.0.mlp.fc1.weight"].shape[0] == 2 * encoder["blocks.0.mlp.fc2.weight"].shape[1]
 
 
 def settings_from_shapes(
     state: dict[str, Tensor], heads: int | None, notes: list[str], **changes: Any
 ) -> EncoderSettings:
-    """Settings of a plain ViT from its weights' shapes, in timm's names; `changes` override them.
+    """Infer the settings of a plain ViT from the shapes of its weights, in timm's names; `changes` override them.
 
-    The notes receive a line for everything inferred. A weight that every ViT has and that is missing is a KeyError.
+    Appends a note for every setting that is only assumed. A missing weight that every ViT has is a KeyError.
     """
     if "palette" in changes:
         raise ValueError("palette: is for models of pixels (iGPT), and this one reads patches. Remove it.")
@@ -126,14 +126,14 @@ def settings_from_shapes(
 
 
 def require(state: dict[str, Tensor], *names: str) -> None:
-    """Raise KeyError if weights lack what every encoder of a layout has; a name "a|b" stands for either."""
+    """Raise KeyError if names that every encoder of a layout has are missing; "a|b" accepts either name."""
     missing = [name for name in (*EVERY_VIT, *names) if not any(each in state for each in name.split("|"))]
     if missing:
         raise KeyError(", ".join(name.replace("|", " or ") for name in missing))
 
 
 def describe_architecture(settings: EncoderSettings) -> str:
-    """What the names and shapes of a bare file were taken for, so that a reader sees what may have been lost."""
+    """The architecture inferred from a bare file, in words, so that users notice modules that may be missing."""
     modules = {
         "class token": settings.class_token, "a bias of the patches": settings.patch_bias,
         "positions": settings.pos_embed != "none", "biases": settings.bias,
@@ -152,7 +152,7 @@ def describe_architecture(settings: EncoderSettings) -> str:
 def _position_grid(
     length: int, patch: int, has_class: bool, registers: int, notes: list[str], changes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Image size and prefix rows of a position table of some length: a square grid unless image_size is given."""
+    """Infer image size and prefix rows from the length of a position table; without image_size, the grid is square."""
     rows = {"class": int(has_class), "all": int(has_class) + registers, "none": 0}
     kinds = [changes["prefix_positions"]] if "prefix_positions" in changes else list(rows)
     size = changes.get("image_size")
@@ -174,7 +174,7 @@ def _position_grid(
 
 
 def rename_prefix(key: str, names: dict[str, str]) -> str:
-    """A name whose first matching prefix in a table is replaced."""
+    """Replace the first matching prefix from a table in a name."""
     for old, new in names.items():
         if key.startswith(old):
             return new + key[len(old) :]
@@ -182,11 +182,11 @@ def rename_prefix(key: str, names: dict[str, str]) -> str:
 
 
 def inverted(names: dict[str, str]) -> dict[str, str]:
-    """A table of names the other way round."""
+    """The inverse of a table of names."""
     return {new: old for old, new in names.items()}
 
 
 def split_by_prefix(state: dict[str, Tensor], prefixes: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state dict without the names that start with one of the prefixes, and those names."""
+    """Split a state dict: the entries without any of the prefixes, and the entries with one."""
     others = {key: value for key, value in state.items() if key.startswith(prefixes)}
     return {key: value for key, value in state.items() if key not in others}, others

@@ -1,7 +1,7 @@
-"""transformers' ViTMAE, the form in which MAE's weights lie on the hub: a ViT, and for pretraining MAE's decoder.
+"""transformers' ViTMAE, the format of MAE's weights on the Hugging Face hub: a ViT, for pretraining with MAE's decoder.
 
-Its position tables are fixed (sine-cosine) and resampled as in MAE's own files; its decoder's blocks are named as the
-encoder's.
+Its position tables are fixed (sine-cosine) and resampled as for MAE's own files; the decoder's blocks have the same
+names as the encoder's.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from sslvit.layouts.vit import inverted, rename_prefix
 from sslvit.settings import MAESettings
 
 KNOWN: dict[str, Any] = {"pos_embed": "sincos_2d", "interpolate_antialias": False}
-"""What every ViTMAE has besides what every ViT of transformers has."""
-USUAL_EPS = 1e-12  # of the layer norms of the released models
+"""Settings in which every ViTMAE differs from transformers' ViT."""
+USUAL_EPS = 1e-12  # of the layer norms in the released models
 DECODER = {f"decoder.{theirs}": ours for theirs, ours in mae.DECODER.items()}
-# of files up to its fourth version, and of its fifth one in memory and in files
+# in files of transformers up to version 4, and in memory and files of version 5
 LAYER = re.compile(r"^decoder\.decoder_(?:layers|encoder\.layer)\.(\d+\..+)$")
 SHAPE = {
     "decoder_hidden_size": "decoder_width", "decoder_num_hidden_layers": "decoder_depth",
@@ -31,19 +31,19 @@ SHAPE = {
 
 
 def has_decoder(names: set[str]) -> bool:
-    """Whether MAE's decoder is among these names."""
+    """Whether these names include MAE's decoder."""
     return "decoder.decoder_embed.weight" in names
 
 
 def assumed_settings(channels: int, changes: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What config.json and the processor's file would state of weights with a decoder, and a line on it."""
+    """Settings to assume for weights with a decoder without config.json and processor file, and notes on them."""
     notes: list[str] = []
     prepared = assume_preprocessing("mae", channels, changes, notes)
     return {**KNOWN, "norm_eps": USUAL_EPS, **prepared}, notes
 
 
 def mae_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of MAESettings that a config.json states."""
+    """Fields of MAESettings from a config.json."""
     found = {ours: config[theirs] for theirs, ours in SHAPE.items()}
     target = "normalized" if config["norm_pix_loss"] else "raw"
     return found | {
@@ -52,14 +52,14 @@ def mae_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def mae_arguments(settings: MAESettings, mlp_width: int) -> dict[str, Any]:
-    """The inverse of `mae_settings`, for a decoder whose MLPs have so many hidden units."""
+    """The inverse of `mae_settings`, for a decoder with MLPs of this hidden width."""
     return {theirs: getattr(settings, ours) for theirs, ours in SHAPE.items()} | {
         "norm_pix_loss": settings.target == "normalized", "decoder_intermediate_size": mlp_width,
     }  # fmt: skip
 
 
 def decoder_to_sslvit(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The decoder among these weights under the names of models/mae.py; without one, nothing.
+    """The decoder in these weights under the names of models/mae.py; empty if there is none.
 
     Raises:
         KeyError: A query, key or value is missing.
@@ -72,7 +72,7 @@ def decoder_to_sslvit(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_vit_mae(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our encoder, with one row of positions for its class token, and decoder under ViTMAEForPreTraining's names."""
+    """Our encoder, with a position row for its class token, and decoder under the names of ViTMAEForPreTraining."""
     blocks = {key.removeprefix("decoder."): value for key, value in decoder.items() if ".blocks." in key}
     layers = {
         key.replace("encoder.layer.", "decoder.decoder_layers.", 1): value

@@ -1,7 +1,7 @@
-"""The encoders of docs/record.md by name, such as zoo:cifar10/dino.
+"""The encoders in docs/record.md by name, such as zoo:cifar10/dino.
 
-`index.json` lists them with the checksums of their files. Some lie in this folder and come with the package; the others
-are taken from the folder or address in $SSLVIT_ZOO. `tools/release_encoder.py` adds one.
+`index.json` lists them with the checksums of their files. Some are in this folder and come with the package; the others
+come from the folder or address in $SSLVIT_ZOO. `tools/release_encoder.py` adds an encoder.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ZOO = "zoo:"
 LOCATION = "SSLVIT_ZOO"  # environment variable: folder or address of the encoders that do not come with the package
 FOLDER = Path(__file__).parent
 CACHE = "~/.cache/sslvit/zoo"
-TIMEOUT_SECONDS = 60.0  # without a byte
-MAX_BYTES = 2**26  # of a file; what is larger has another checksum
+TIMEOUT_SECONDS = 60.0  # without receiving data
+MAX_BYTES = 2**26  # per file; the checksum of a larger file does not match
 
 
 def is_name(source: str | Path) -> bool:
@@ -35,11 +35,11 @@ def encoders() -> dict[str, dict[str, str]]:
 
 
 def find(source: str) -> Path:
-    """The folder of an encoder with its files, downloaded if they have to be.
+    """The folder with the files of an encoder, downloaded if necessary.
 
     Raises:
-        ValueError: There is no encoder of this name, or a file is not the one that was released.
-        FileNotFoundError: It does not come with the package, and nothing says where it is, or it is not there.
+        ValueError: There is no encoder with this name, or a file differs from the released one.
+        FileNotFoundError: It does not come with the package, and its location is unset or does not have it.
     """
     name, known = source.removeprefix(ZOO), encoders()
     if name not in known:
@@ -67,7 +67,7 @@ def _is_released(file: Path, digest: str) -> bool:
 
 
 def _external_folder(name: str, files: dict[str, str]) -> Path:
-    """The folder of an encoder that does not come with the package: the user's, or the cache of what was downloaded."""
+    """The folder of an encoder that does not come with the package: the user's, or the cache of downloads."""
     location, cached = os.environ.get(LOCATION), cache_folder(CACHE) / name
     if location and "://" not in location:
         return Path(expand_path(location)) / name
