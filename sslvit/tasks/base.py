@@ -310,7 +310,7 @@ class Task(pl.LightningModule):
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
         self.records["lr"] = [torch.tensor(lr, dtype=torch.float64)]
         optimizer.step(closure=optimizer_closure)
-        self.zero_grad(set_to_none=True)  # now, so that gradients do not add to the next step's activations in memory
+        self.zero_grad(set_to_none=True)  # now, and not beside the activations of the next forward pass
         self.guard.end_step()
         self.after_update(step, self.guard.skip)
 
