@@ -58,7 +58,7 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
 
 
 def reopen(folder: Path, exported: Exported) -> Reopened:
-    """The program as torch runs it."""
+    """Load the program in torch."""
     return torch.export.load(folder / FILE).module()
 
 

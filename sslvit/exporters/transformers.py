@@ -143,7 +143,7 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
 
 
 def classifier(head: dict[str, Tensor], kind: str, pooling: str) -> dict[str, Tensor]:
-    """A classifier under transformers' names. Dinov2's reads the class token beside the mean over patches."""
+    """A classifier under transformers' names. Dinov2's also reads the mean over patches."""
     weight = head["weight"]
     if kind.startswith("dinov2"):
         nothing = torch.zeros_like(weight)

@@ -120,7 +120,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def answer(self) -> Float[Tensor, "1 d"]:
-        """The output in evaluation mode for one fixed image; saved with the weights as a fingerprint of the code."""
+        """The output in evaluation mode for one fixed image; saved with the weights as a fingerprint."""
         like, shape = next(self.parameters(), torch.zeros(())), (1, self.settings.channels, *self.settings.size)
         image = torch.linspace(-2, 2, math.prod(shape)).view(shape).to(like)
         with evaluating(self):

@@ -20,7 +20,7 @@ MIN_CELL = 4  # pixels
 
 
 def hog_cell(patch: int) -> int:
-    """Side of a cell in pixels: half a patch where that leaves at least 4, otherwise the patch."""
+    """Side of a cell in pixels: half the patch if that is at least 4 pixels, otherwise the patch."""
     return patch // 2 if patch % 2 == 0 and patch // 2 >= MIN_CELL else patch
 
 

@@ -331,7 +331,7 @@ class Block(nn.Module):
     ) -> Float[Tensor, "b k d"]:
         """The block's output for all tokens, or only for the `wanted` ones.
 
-        A sample skips a branch where its `path_scale` is zero.
+        A sample skips a branch if its `path_scale` is zero.
         """
         attended = self.dropout(self.ls1(self.attn(self.norm1(tokens), layout, kv_cache)))
         tokens = gather_tokens(tokens + drop_path(attended, path_scale, 0), wanted)

@@ -11,7 +11,7 @@ from sslvit.optim.clip import local_shard
 
 @torch.no_grad()
 def ema_update(average: nn.Module, source: nn.Module, momentum: float, skip: Tensor) -> None:
-    """average = momentum x average + (1 - momentum) x source, parameter by parameter; buffers stay as they are.
+    """average = momentum x average + (1 - momentum) x source, for every parameter; buffers are unchanged.
 
     Args:
         average: The module to update.

@@ -17,7 +17,7 @@ from pathlib import Path
 from sslvit.files import cache_folder, expand_path, printable, write_atomically
 
 ZOO = "zoo:"
-LOCATION = "SSLVIT_ZOO"  # environment variable: folder or address of the encoders that do not come with the package
+LOCATION = "SSLVIT_ZOO"  # environment variable: folder or address of encoders that are not in the package
 FOLDER = Path(__file__).parent
 CACHE = "~/.cache/sslvit/zoo"
 TIMEOUT_SECONDS = 60.0  # without receiving data
