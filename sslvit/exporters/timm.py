@@ -64,7 +64,7 @@ def model_arguments(exported: Exported) -> dict[str, Any]:
             "qkv_bias": settings.bias, "proj_bias": settings.bias, "reg_tokens": settings.registers,
             "no_embed_class": prefix_rows(settings) < max(settings.prefix, 1),
             "pos_embed": "none" if settings.pos_embed == "none" else "learn",
-            "fc_norm": fc_norm, "final_norm": settings.final_norm or fc_norm,  # timm has one norm, before or after pooling
+            "fc_norm": fc_norm, "final_norm": settings.final_norm or fc_norm,  # its one norm, before or after pooling
         }  # fmt: skip
     return {
         "img_size": list(settings.size), "patch_size": settings.patch, "in_chans": settings.channels,
