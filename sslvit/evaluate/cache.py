@@ -46,17 +46,17 @@ class FeatureCache:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--cache {folder}: not a folder. Give one, or none.")
 
-    def find(self, key: str, readouts: Sequence[Readout], samples: np.ndarray) -> FeatureTable | None:
+    def find(self, key: str, readouts: Sequence[Readout], data: LabeledSet) -> FeatureTable | None:
         """The cached features at some readouts, or None if there are none; a damaged file counts as missing.
 
-        A cached table counts only if it has these samples in this order.
+        A cached table counts only if it has the samples of the data set in their order. Labels are those of the data
+        set now: shards may have been labeled anew since.
         """
         try:
-            rows = load_file(self.folder / key / "rows.safetensors")
-            labels, found = rows["labels"], rows["samples"]
+            found = load_file(self.folder / key / "rows.safetensors")["samples"]
         except (OSError, SafetensorError, KeyError):
             return None
-        if not np.array_equal(found.numpy(), samples) or len(labels) != len(samples):
+        if not np.array_equal(found.numpy(), data.samples):
             return None
         columns = {}
         for readout in readouts:
@@ -64,18 +64,18 @@ class FeatureCache:
                 values = load_file(self.folder / key / _name(readout))["values"]
             except (OSError, SafetensorError, KeyError):
                 continue
-            if len(values) == len(labels):
+            if len(values) == len(found):
                 columns[readout] = values
         with suppress(OSError):  # another process may have deleted it to make room
             os.utime(self.folder / key)
-        return FeatureTable(columns, labels, found) if columns else None
+        return FeatureTable(columns, data.labels, found) if columns else None
 
     def put(self, key: str, table: FeatureTable) -> None:
         """Add a table to the features stored under its key. A full disk or a read-only folder is not an error."""
         folder = self.folder / key
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write({"labels": table.labels, "samples": table.samples}, folder / "rows.safetensors")
+            _write({"samples": table.samples}, folder / "rows.safetensors")
             for readout, values in table.columns.items():
                 _write({"values": values.contiguous()}, folder / _name(readout))
             os.utime(folder)

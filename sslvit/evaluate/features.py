@@ -66,7 +66,7 @@ class FeatureExtractor:
         if self.cache is None:
             return self.run(source, data, readouts, view)
         key = key_of(source, data, view, self.batch)
-        cached = self.cache.find(key, readouts, data.samples) if is_first_rank() else None
+        cached = self.cache.find(key, readouts, data) if is_first_rank() else None
         if broadcast_from_rank0(cached is not None):
             data.account_for(data.samples, {})  # the cache holds whole data sets only
         columns = cached.columns if cached else {}

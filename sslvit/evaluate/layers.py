@@ -11,7 +11,7 @@ from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.labeled import open_labeled
-from sslvit.evaluate.probe import LINEAR, ProbeTable, describe, score, untrained
+from sslvit.evaluate.probe import LINEAR, ProbeTable, describe, score, untrained, untrained_row
 from sslvit.evaluate.protocols import HELD_OUT_ACCURACY, ProbeContext
 from sslvit.evaluate.scores import Scores, format_table
 from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
@@ -93,7 +93,8 @@ def probe_layers(encoder: Encoder, settings: ProbeSettings, numbers: list[int]) 
     extractor = FeatureExtractor(settings.batch, settings.workers, cache)
     sources: dict[str, Source] = {"layer {}": frozen(encoder.to(device), settings.precision)}
     if settings.baselines:
-        sources["untrained, layer {}"] = frozen(untrained(encoder, settings.seed), settings.precision)
+        if untrained_row("encoder", {"encoder": encoder}):
+            sources["untrained, layer {}"] = frozen(untrained(encoder, settings.seed), settings.precision)
         sources["raw pixels"] = RawPixels(encoder.settings, device)
     table: Scores = {}
     for name, source in sources.items():
@@ -122,8 +123,9 @@ def probe_layers(encoder: Encoder, settings: ProbeSettings, numbers: list[int]) 
 def plot_layers(table: LayerTable, numbers: list[int], path: str | Path) -> Path:
     """Plot the linear probe against depth, with the best layer marked."""
     lines = {"trained": (numbers, [table.rows[f"layer {number}"][LINEAR] for number in numbers])}
-    if "raw pixels" in table.rows:
+    if f"untrained, layer {numbers[0]}" in table.rows:
         lines["untrained"] = (numbers, [table.rows[f"untrained, layer {number}"][LINEAR] for number in numbers])
+    if "raw pixels" in table.rows:
         lines["raw pixels"] = (numbers, [table.rows["raw pixels"][LINEAR]] * len(numbers))
     mark = (table.best, f"best on {HELD_OUT}")
     return plot_curves(path, lines, "block", "linear probe, top-1 accuracy (%)", mark=mark)

@@ -68,8 +68,8 @@ def fit_logistic(
     del rough  # also frees its copy of the features
     theta = theta.double()
     exact = PenalizedLoss(extended, target, row_weight, penalty, classes)
-    is_open = exact(theta)[1].abs().amax(1) > tolerance
-    is_solved = ~is_open
+    largest = exact(theta)[1].abs().amax(1)
+    is_open, is_solved = largest > tolerance, largest <= tolerance  # neither, where it is not a number
     if is_open.any():  # problems with strong penalties are solved already
         rest = PenalizedLoss(extended, target, row_weight[is_open], penalty[is_open], classes)
         steps = [(s[is_open].double(), change[is_open].double(), w[is_open].double()) for s, change, w in steps]
@@ -155,9 +155,10 @@ def minimize(
     value, gradient = objective(theta)
     inverse, tiny, rounding = theta, torch.finfo(theta.dtype).tiny, 10 * torch.finfo(theta.dtype).eps
     for iteration in track(range(max_iterations), "logistic regression", max_iterations, "iterations at most"):
-        is_open = gradient.abs().amax(1) > tolerance
+        largest = gradient.abs().amax(1)
+        is_open = largest > tolerance
         if not is_open.all():
-            found[rows], is_solved[rows] = theta, ~is_open
+            found[rows], is_solved[rows] = theta, largest <= tolerance
             if not is_open.any():
                 break
             objective = objective.only(is_open)

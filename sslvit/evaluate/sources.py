@@ -284,6 +284,13 @@ class LabeledSet:
         return self.index.classes or []
 
     @property
+    def labels(self) -> Int[Tensor, "n"]:
+        """Class number of each of `samples`; -1 for unlabeled data."""
+        if self.index.classes is None:
+            return torch.full((len(self.samples),), -1)
+        return torch.from_numpy(self.index.labels_of(self.samples).astype(np.int64))
+
+    @property
     def images(self) -> int:
         """Number of scored images: those that a pass could read, or all images before the first pass."""
         return len(self.samples if self._used is None else self._used)

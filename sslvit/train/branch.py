@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,8 @@ from sslvit.messages import for_python
 from sslvit.sharded_checkpoint import SHARDS, check_checkpoint, shard_files
 from sslvit.train.folder import RunFolder, named_step
 from sslvit.weight_files import read_torch_file
+
+logger = logging.getLogger(__name__)
 
 
 @for_python
@@ -64,7 +67,14 @@ def find_checkpoint(run: RunFolder, step: int | None) -> Path:
     Raises:
         ValueError: There is none; the message lists the steps that have one.
     """
-    steps = {_step_of(path) if path == run.checkpoint else named_step(path): path for path in reversed(run.checkpoints)}
+    steps = {named_step(path): path for path in run.checkpoints if path != run.checkpoint}
+    if run.checkpoint.is_file():
+        try:
+            steps[_step_of(run.checkpoint)] = run.checkpoint
+        except ValueError as error:
+            if step is None or not steps:
+                raise
+            logger.warning(f"{error}")
     if not steps:
         raise ValueError(f"{printable(run.path)}: has no checkpoint yet (checkpoints/{run.checkpoint.name}).")
     if step is None:

@@ -149,7 +149,9 @@ def prune_checkpoints(last: Path, step: int, keep_last: int, keep_every: int | N
             with new_file(named_file) as temporary:
                 shutil.copyfile(last, temporary)
     named = sorted(last.parent.glob(NAMED))  # by step, as each has the same number of digits
-    newest = named[-keep_last:] if keep_last > 1 else []
+    # a later one was left behind by a run that resumed from before it, since it was damaged
+    done = [path for path in named if named_step(path) <= step]
+    newest = done[-keep_last:] if keep_last > 1 else []
     for path in named:
         is_for_good = keep_every and named_step(path) % keep_every == 0
         if not is_for_good and path not in newest:

@@ -33,6 +33,7 @@ import yaml
 from sslvit.environment import describe_process
 from sslvit.files import new_file, printable, remove_stale_temporaries, to_json, write_atomically, write_error
 from sslvit.locks import lock_folder
+from sslvit.pages.page import is_page
 from sslvit.results import Result, decimals
 from sslvit.settings.data import is_given
 from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
@@ -41,6 +42,7 @@ from sslvit.sharded_checkpoint import SHARDS, check_checkpoint
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+PAGE = "report"  # the kind of its page
 WAIT_SECONDS = 30.0  # for the previous process, which may be writing its last checkpoint
 NAMED = f"step-{'[0-9]' * 8}.ckpt"  # does not match a user's own step-best.ckpt
 SECTIONS = {"task", "encoder", "data", "train"}  # in every config.yaml
@@ -119,6 +121,8 @@ class RunFolder(Result):
     def scores_in_words(self) -> str:
         """The scores of a fine-tuning run in words."""
         found = json.loads(self.scores.read_text())
+        if not {"top1", "top5", "images", "val"} <= found.keys():
+            return f"scores in {self.scores}"
         among = "" if found["top5"] is None else f", top-5 {found['top5']:.1f} %"
         same = " (those that it was trained on: it says nothing of others)" if found.get("is_training_data") else ""
         return (
@@ -273,6 +277,8 @@ class RunFolder(Result):
             shutil.rmtree(made, ignore_errors=True)
         for made in (self.metrics, self.ledger, self.health, self.scores):
             made.unlink(missing_ok=True)
+        if is_page(self.page, PAGE):
+            self.page.unlink()
 
     def newest_checkpoint(self) -> Path:
         """The newest checkpoint with a valid checksum; a damaged one is reported, and the one before it is used.

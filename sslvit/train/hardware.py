@@ -145,7 +145,11 @@ def _group_limits() -> list[tuple[int, int]]:
     groups = [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")]
     with suppress(OSError, IndexError):
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-        groups += [groups["memory" in kinds] / path.lstrip("/") for _, kinds, path in lines if kinds in ("", "memory")]
+        for _, kinds, path in lines:
+            if kinds in ("", "memory"):
+                root = groups["memory" in kinds]
+                group = root / path.lstrip("/")  # of a job's step; the job's own, which may have the limit, is above it
+                groups += [one for one in (group, *group.parents) if one.is_relative_to(root)]
     found = []
     for group in dict.fromkeys(groups):
         for limit, used, cached in GROUP_FILES:

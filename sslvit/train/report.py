@@ -14,10 +14,9 @@ from sslvit.files import expand_path, printable
 from sslvit.messages import for_python
 from sslvit.pages.page import heading, is_page, text, write_page
 from sslvit.results import Result
-from sslvit.train.folder import RunFolder
+from sslvit.train.folder import PAGE, RunFolder
 from sslvit.train.report_sections import SECTIONS, RunFiles
 
-KIND = "report"  # of page
 # errors of reading the files of a run, which may be damaged, or written by another program or the user
 DAMAGED = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, OSError)
 logger = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ def report(
     path = Path(expand_path(os.fspath(output))) if output else path
     if path.suffix != ".html":
         raise ValueError(f"{printable(path)}: a page is written as HTML. Choose a name that ends in .html.")
-    if path.exists() and not is_page(path, KIND):
+    if path.exists() and not is_page(path, PAGE):
         raise ValueError(
             f"{printable(path)}: already exists, and is no page that sslvit report wrote. Choose another file: -o FILE"
         )
@@ -118,14 +117,14 @@ def write_report(folders: Sequence[RunFolder], path: Path | None = None, state: 
             blocks += make(named)
         except DAMAGED as error:
             blocks.append(text(f"A part of this page could not be made ({type(error).__name__}: {error})."))
-    write_page(path, title, [block for block in blocks if block], KIND)
+    write_page(path, title, [block for block in blocks if block], PAGE)
     return Report(path, [folder.path for folder in folders])
 
 
 def write_own_report(folder: RunFolder, state: str | None = None) -> Path | None:
     """Write the page of a run that is training or has just ended, without ever failing it; None if that failed."""
     try:
-        if folder.page.exists() and not is_page(folder.page, KIND):
+        if folder.page.exists() and not is_page(folder.page, PAGE):
             raise ValueError("a file of that name is there, and sslvit report did not write it")
         return write_report([folder], state=state).path
     except Exception as error:  # the run and its checkpoints are worth more than its page

@@ -207,12 +207,15 @@ def summarize(folder: RunFolder) -> RunSummary:
     mixture = value_in(config, "data.mixture")
     last: dict[str, Any] = {}
     scores: dict[str, float] = {}
+    scored_step: float | None = None
     for _, last in read_lines(folder.metrics) if folder.metrics.exists() else ():
         for key in SCORES.keys() & last.keys():
             scores[SCORES[key]] = _metric(last, key, folder.metrics)
+            scored_step = _number_in(last, "step", folder.metrics)
     steps, total = int(_number_in(last, "step", folder.metrics) or 0), _total_steps(config, last, folder)
     reported, health = read_json(folder.scores) or {}, read_json(folder.health) or {}
-    if (top1 := _number_in(reported, "top1", folder.scores)) is not None:
+    top1, reported_step = (_number_in(reported, key, folder.scores) for key in ("top1", "step"))
+    if top1 is not None and (reported_step or 0) >= (scored_step or 0):  # else the run has gone on since
         scores[SCORES["val/top1"]] = top1
     is_finished = total is not None and steps >= total and (folder.encoder / "encoder.json").exists()
     width, depth = (_number_in(config, key, folder.config) for key in ("encoder.width", "encoder.depth"))

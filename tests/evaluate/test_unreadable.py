@@ -92,14 +92,28 @@ def test_features_of_a_damaged_set_are_not_what_a_repaired_one_is_scored_by(shar
     assert torch.equal(features(0.0), whole)
 
 
+def test_labels_beside_cached_features_are_those_of_the_index_now(shards: Path, tmp_path: Path) -> None:
+    index, cache, readouts = load_index(shards / "val"), FeatureCache(tmp_path / "cache"), [(2, "class")]
+    features = [FeatureExtractor(cache=cache).features(FrozenEncoder(make()), LabeledSet(index, 3), readouts)]
+    index.records = index.records.copy()
+    index.records["label"] = 1 - index.records["label"]  # as `shards index --labels` may change them
+    features.append(FeatureExtractor(cache=cache).features(FrozenEncoder(make()), LabeledSet(index, 3), readouts))
+    index.classes = None
+    features.append(FeatureExtractor(cache=cache).features(FrozenEncoder(make()), LabeledSet(index, 3), readouts))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert torch.equal(features[1].labels, 1 - features[0].labels)
+    assert set(features[2].labels.tolist()) == {-1}
+    assert all(torch.equal(one.columns[2, "class"], features[0].columns[2, "class"]) for one in features)
+
+
 def test_a_table_of_other_images_in_the_cache_is_not_used(shards: Path, tmp_path: Path) -> None:
     cache, readouts = FeatureCache(tmp_path / "cache"), [(2, "class")]
     data = LabeledSet(load_index(shards / "val"), 3)
     table = FeatureExtractor(cache=cache).features(FrozenEncoder(make()), data, readouts)
     (key,) = (entry.name for entry in (tmp_path / "cache").iterdir())
-    assert cache.find(key, readouts, np.arange(20)) is not None
-    assert cache.find(key, readouts, np.arange(1, 21)) is None
-    assert cache.find(key, readouts, np.arange(19)) is None
+    assert cache.find(key, readouts, LabeledSet(data.index, 3, np.arange(20))) is not None
+    assert cache.find(key, readouts, LabeledSet(data.index, 3, np.arange(19, -1, -1))) is None
+    assert cache.find(key, readouts, LabeledSet(data.index, 3, np.arange(19))) is None
     assert torch.equal(table.samples, torch.arange(20))
 
 

@@ -65,6 +65,7 @@ def test_what_cannot_be_branched_is_said_and_nothing_is_left(shards: Path, tmp_p
     with pytest.raises(ValueError, match="last.ckpt"):
         sslvit.branch(long, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long", "s"]
+    sslvit.branch(long, tmp_path / "new", step=3)  # which is whole
 
 
 def test_a_run_that_goes_on_meanwhile_gives_no_other_step(

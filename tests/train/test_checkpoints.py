@@ -164,6 +164,16 @@ def test_some_checkpoints_are_kept_by_their_step(tmp_path: Path) -> None:
             path.unlink()
 
 
+def test_checkpoints_of_steps_that_a_run_went_back_behind_are_not_among_the_newest(tmp_path: Path) -> None:
+    """A run resumes before a damaged one, which would be kept in the place of a whole one."""
+    last = tmp_path / "last.ckpt"
+    for step in (100, 200, 110, 120):
+        write_checkpoint({"global_step": step}, last)
+        prune_checkpoints(last, step, 2, 200)
+    names = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert names == ["step-00000110.ckpt", "step-00000120.ckpt", "step-00000200.ckpt"]  # the last is kept for good
+
+
 def test_kept_checkpoints_need_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_) -> None:
         raise PermissionError

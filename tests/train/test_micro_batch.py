@@ -154,6 +154,20 @@ def test_free_memory_is_within_the_limit_of_the_control_group(tmp_path: Path, mo
     assert hardware.cpu_memory(3) == 2**20  # of several, each an equal part of half of all
 
 
+def test_the_limit_of_a_job_holds_for_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SLURM sets it: on the group of the job, above that of the process."""
+    root = tmp_path / "cgroup"
+    step = root / "slurm" / "job_7" / "step_0"
+    step.mkdir(parents=True)
+    for group, limit in ((step, "max"), (step.parent, "4096"), (step.parent.parent, "max")):
+        for name, value in (("memory.max", limit), ("memory.current", "1000"), ("memory.stat", "inactive_file 100")):
+            (group / name).write_text(value + "\n")
+    (tmp_path / "own").write_text("0::/slurm/job_7/step_0\n")
+    replaced = {"/sys/fs/cgroup": root, "/sys/fs/cgroup/memory": root / "none", "/proc/self/cgroup": tmp_path / "own"}
+    monkeypatch.setattr(hardware, "Path", lambda name: replaced.get(name, Path(name)))
+    assert hardware._group_limits() == [(4096, 900)]
+
+
 def test_a_task_that_cannot_be_counted_takes_all_images_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_) -> None:
         raise TypeError("no values here")

@@ -72,6 +72,17 @@ def test_a_run_that_is_to_go_further_is_not_finished(folder: Path) -> None:
     assert sslvit.runs(folder / "whole").found[0].state == "stopped"
 
 
+def test_the_accuracy_is_that_of_the_last_scored_step(folder: Path) -> None:
+    """scores.json is written at a run's end; a run that was made longer has scored later steps since."""
+    whole = folder / "whole"
+    for step, expected in ((4, 80.0), (6, 50.0)):
+        (whole / "scores.json").write_text(json.dumps({"top1": 50.0, "step": step}))
+        lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+        lines[-1] |= {"step": 6, "val/top1": 80.0}
+        (whole / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert sslvit.runs(whole).found[0].scores["top-1"] == expected
+
+
 def test_a_run_is_running_while_a_process_has_its_folder(folder: Path) -> None:
     lock = folder / "whole" / ".lock"
     lock.write_text("")  # what kill -9 leaves behind

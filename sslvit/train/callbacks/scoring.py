@@ -135,6 +135,7 @@ class Validation(ScoringCallback):
         check_same_data(index, val, task.allow_same_data, "--task.allow_same_data true")
         self.data = LabeledSet(val, settings.encoder.channels, None, data.max_unreadable_fraction, data.memory_limit_mb)
         self.trained_on, self.start = index.fingerprint(), time.monotonic()
+        self.has_ended = False  # whether no step will follow
 
     def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
         """The accuracy; after the last step it is also written to scores.json."""
@@ -142,20 +143,20 @@ class Validation(ScoringCallback):
             lambda images: module.model(images.to(module.dtype)), self.data, self.settings.encoder, module.device,
             IMAGES_AT_ONCE, pick_workers(self.settings.data.workers, module.device.type, trainer.num_devices),
         )  # fmt: skip
-        if self.step == self.total_steps and trainer.is_global_zero:
+        if (self.step == self.total_steps or self.has_ended) and trainer.is_global_zero:
             self.write(found)
         return {"val/top1": found.top1}
 
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
-        """Score the last step of a run again if its score failed there.
+        """Score the last step if it has no score: the score failed there, or a callback ended the run at that step.
 
         Raises:
             NoScore: it fails again. The weights are saved, and a resume tries once more.
         """
         scored_step = (read_json(self.folder.scores) or {}).get("step")
-        if trainer.global_step != self.total_steps or broadcast_from_rank0(scored_step == self.total_steps):
+        if broadcast_from_rank0(scored_step == trainer.global_step):
             return
-        self.step = self.total_steps
+        self.step, self.has_ended = trainer.global_step, True
         module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
         with scored_copy(module) as full:
             self.scores(trainer, full)
