@@ -6,10 +6,10 @@
     features = encoder.features(encoder.preprocess("dog.jpg"))
     run = sslvit.pretrain("mae/own_images", data="photos", out="runs/photos")
 
-Each function does what the command of its name does, takes the command's options as keywords, and returns an object
-that shows itself as the command prints it, with `to_dict()` for programs and the paths of the files it made.
+Each function does the same as the command of its name and takes that command's options as keywords. It returns an
+object that prints like the command's output, with `to_dict()` for programs and the paths of the files it wrote.
 
-Importing this package imports no torch; the names below load what they need on first use.
+Importing this package does not import torch; the names below load their modules on first use.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# what a run has to say reaches the screen from Python as it does from the command line; `--quiet` raises this level
+# messages reach the screen from Python as they do from the command line; `--quiet` raises this level
 _logger = logging.getLogger("sslvit")
 _logger.setLevel(logging.INFO)
 _logger.addHandler(MessageHandler())
 _logger.propagate = False
 
-# name -> the module that has it; an empty one for a package's own
+# name -> the module that defines it; "" for a subpackage of sslvit
 _LAZY = {
     "Backbone": "sslvit.models",
     "EncoderSettings": "sslvit.settings",

@@ -1,10 +1,10 @@
-"""The `sslvit` command, also as `python -m sslvit`."""
+"""The `sslvit` command, also available as `python -m sslvit`."""
 
 import sys
 
 
 def main() -> int:
-    """Run the command that was typed; whoever stops it while its modules are loaded gets one line."""
+    """Run the command line; Ctrl-C while modules are still loading prints one line instead of a traceback."""
     try:
         from sslvit.cli import main as run
     except KeyboardInterrupt:

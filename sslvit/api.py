@@ -1,4 +1,4 @@
-"""Training and exporting from Python, by names and paths as the commands take them."""
+"""Training and exporting from Python, with the same names and paths as on the command line."""
 
 from __future__ import annotations
 
@@ -45,32 +45,31 @@ def pretrain(
     backbone: BackboneLike | None = None,
     **changes: Any,
 ) -> RunFolder:
-    """Pretrain by a recipe.
+    """Pretrain an encoder with a recipe.
 
     Args:
         config: YAML file, or the name of a recipe such as mae/vit_tiny_cifar10.
-        data: Folder of images or of shards, several .tar files, or a data set with data[i] and len(data): torch's,
-            Hugging Face's, an array; replaces the recipe's data.shards.
+        data: Folder of images or shards, several .tar files, or a data set that supports data[i] and len(data), such
+            as a torch or Hugging Face data set or an array. It replaces the recipe's data.shards.
         out: Run folder; replaces the recipe's.
-        init: Encoder whose weights are the initialization; mae/continue and dino/continue take its architecture, too.
+        init: Encoder whose weights initialize the run; mae/continue and dino/continue also use its architecture.
         resume: Resume from the run folder's last checkpoint.
-        overwrite: Delete an earlier run there first.
-        callbacks: Lightning's callbacks, or your own, which act after those of sslvit, and before a checkpoint is
-            written.
-        loggers: Lightning's loggers, beside those that the settings ask for.
-        transform: Function that makes the views of an image, a PIL image -> a tensor 'c h w' or several, uint8 or from
-            0 to 1; None for data.view.
-        backbone: A module of your own in the place of the vision transformer (DINO only), or a function that makes one:
-            from images 'b c h w', normalized by encoder.mean and encoder.std, to vectors 'b d'.
-        changes: Other settings by dotted key, ``**{"train.epochs": 10}``, or by section, ``optim={"base_lr": 1e-3}``;
-            they are merged with the recipe's, and later ones win.
+        overwrite: Delete an earlier run in the folder first.
+        callbacks: Lightning callbacks. They run after sslvit's own callbacks and before a checkpoint is written.
+        loggers: Lightning loggers, in addition to those in the settings.
+        transform: Function from a PIL image to its view or views: one or several tensors 'c h w', either uint8 or
+            floats in [0, 1]. None for data.view.
+        backbone: Your own module instead of the vision transformer (DINO only), or a function that makes one. It maps
+            images 'b c h w', normalized by encoder.mean and encoder.std, to vectors 'b d'.
+        changes: Other settings by dotted key, ``**{"train.epochs": 10}``, or by section, ``optim={"base_lr": 1e-3}``.
+            They are merged into the recipe, and later ones win.
 
     Returns:
         The run folder: its paths, metrics, scores and health.
 
     Raises:
-        FileNotFoundError: No such recipe, or no data there.
-        ValueError: Settings that do not fit, or a folder that is in use.
+        FileNotFoundError: The recipe or the data does not exist.
+        ValueError: The settings are invalid, or the folder is in use.
 
     Example:
         run = sslvit.pretrain("mae/vit_tiny_cifar10", data="photos", out="runs/photos", **{"train.epochs": 10})
@@ -94,24 +93,25 @@ def resume(
     backbone: BackboneLike | None = None,
     **changes: Any,
 ) -> RunFolder:
-    """Resume a run that has stopped, with its own config.yaml.
+    """Resume a stopped run from its own config.yaml.
 
     Args:
         run: Run folder, which may have moved.
-        callbacks: Lightning's callbacks, or your own, as in `pretrain`.
-        loggers: Lightning's loggers, as in `pretrain`.
-        data: The data set that the run was given from Python (`train` of a fine-tuning); a folder where it has moved.
-        val: That of a fine-tuning's validation.
-        transform: The function that made the run's views.
-        backbone: The module of your own that the run trains, whose weights come from its checkpoint.
-        changes: Settings that change, as in `pretrain`. They are printed; those that would make it another run are
+        callbacks: Lightning callbacks, as in `pretrain`.
+        loggers: Lightning loggers, as in `pretrain`.
+        data: The data set object that the run was started with (`train` when fine-tuning), or the new location of
+            data that has moved.
+        val: The same for the validation data when fine-tuning.
+        transform: The function that the run was started with.
+        backbone: Your own module that the run trains; its weights are loaded from the checkpoint.
+        changes: Changed settings, as in `pretrain`. They are printed; a change that would make it a different run is
             refused.
 
     Returns:
         The run folder.
 
     Raises:
-        ValueError: Not a run folder, or a change that a run cannot take.
+        ValueError: Not a run folder, or a change that a resumed run does not allow.
 
     Example:
         run = sslvit.resume("runs/photos", **{"train.epochs": 20})
@@ -132,7 +132,7 @@ def resume(
                 f"{printable(folder.path)}: was given {before[missing[0]]}, which no file holds. Resume it from Python "
                 f"with the same: {folder.resume_call(before)}"
             )
-        processes = {"train.devices": None, "train.nodes": None} if launched() else {}  # then they are those of now
+        processes = {"train.devices": None, "train.nodes": None} if launched() else {}  # the launcher decides
         settings = load_recipe(folder.config, {"out": str(folder.path)} | processes | changes)
         return run_settings(settings, resume=True, callbacks=callbacks, loggers=loggers)
 
@@ -153,29 +153,29 @@ def finetune(
     backbone: BackboneLike | None = None,
     **changes: Any,
 ) -> RunFolder:
-    """Fine-tune an encoder with labels, and score it on others.
+    """Fine-tune an encoder with labels, and score it on validation data.
 
     Args:
-        encoder: Run folder, encoder folder, checkpoint file, or a network by its name, such as torchvision:resnet18,
-            which starts from random weights unless some are named; None for the recipe's own encoder from random
-            weights.
+        encoder: Run folder, encoder folder, checkpoint file, or the name of a network such as torchvision:resnet18,
+            which starts from random weights unless the name includes pretrained ones. None for the recipe's own
+            encoder from random weights.
         train: Labeled shards, a folder of class folders, or a data set with labels, as in `pretrain`.
-        val: Data of the same kind that is scored.
-        config: YAML file, or the name of a recipe; its encoder settings change the encoder's.
+        val: Validation data of the same kind.
+        config: YAML file, or the name of a recipe; its encoder settings override the encoder's.
         out: Run folder; replaces the recipe's.
-        scratch: Start from random weights instead: the baseline.
+        scratch: Start from random weights instead, as a baseline.
         resume: Resume from the run folder's last checkpoint.
-        overwrite: Delete an earlier run there first.
-        callbacks: Lightning's callbacks, or your own, as in `pretrain`.
-        loggers: Lightning's loggers, as in `pretrain`.
-        backbone: A module of your own that is trained, as in `pretrain`.
+        overwrite: Delete an earlier run in the folder first.
+        callbacks: Lightning callbacks, as in `pretrain`.
+        loggers: Lightning loggers, as in `pretrain`.
+        backbone: Your own module to train, as in `pretrain`.
         changes: Other settings, as in `pretrain`.
 
     Returns:
         The run folder, with the scores.
 
     Raises:
-        ValueError: A recipe for something else, or data without labels.
+        ValueError: The recipe is not for fine-tuning, or the data has no labels.
 
     Example:
         run = sslvit.finetune("runs/photos", "shards/train", "shards/val", out="runs/finetuned")
@@ -199,7 +199,7 @@ def finetune(
     }  # fmt: skip
     changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
     if is_random:
-        changes["init"] = None  # whatever the recipe says
+        changes["init"] = None  # overrides the recipe's
     settings = load_recipe(config, changes, start)
     if settings.encoder.backbone is not None:
         refuse_transformer_keys(settings.encoder, changes)
@@ -208,10 +208,10 @@ def finetune(
 
 
 def own_key(backbone: BackboneLike | None, changes: dict[str, Any]) -> dict[str, Any]:
-    """The setting that stands for a module from Python.
+    """Return the setting that marks the encoder as a module passed from Python.
 
     Raises:
-        ValueError: Another network is named, too.
+        ValueError: The changes name another network.
     """
     if backbone is None:
         return {}
@@ -222,7 +222,7 @@ def own_key(backbone: BackboneLike | None, changes: dict[str, Any]) -> dict[str,
 
 
 def check_described(config: str | Path, changes: dict[str, Any]) -> None:
-    """Raise ValueError where neither a recipe nor changes say which encoder is trained from random weights."""
+    """Raise ValueError if neither the recipe nor the changes describe the encoder to train from random weights."""
     found = merge_recipe(config, changes).get("encoder", {})
     if not {"width", "depth", "backbone"} & found.keys():
         raise ValueError(
@@ -233,7 +233,7 @@ def check_described(config: str | Path, changes: dict[str, Any]) -> None:
 
 
 def for_labels(settings: EncoderSettings) -> EncoderSettings:
-    """The settings that a recipe of fine-tuning changes: the encoder's, read out behind its last block."""
+    """Encoder settings as fine-tuning recipes start from them: features after the last block and the final norm."""
     return replace(settings, feature_layer=None, feature_norm="final")
 
 
@@ -252,29 +252,31 @@ def export(
     overwrite: bool = False,
     **overrides: Any,
 ) -> Export:
-    """Export an encoder for another library, and compare it there.
+    """Export an encoder for another library, and verify that its outputs match there.
 
     Args:
-        encoder: What `load_encoder` takes.
+        encoder: Anything that `load_encoder` accepts.
         out: Folder for the export.
-        format: timm, transformers, onnx, torch, safetensors, or what a plugin brings.
+        format: timm, transformers, onnx, torch, safetensors, or the name of a plugin's format.
         outputs: tokens (the encoder alone), features (pooled), logits (a fine-tuned run's classifier) or reconstruction
-            (a run of MAE with its decoder, for transformers).
-        size: fixed (images of one size) or dynamic (any that the patch divides); None for what the format does best.
-        scores: Files of scores for the model card.
-        license: License on the model card, as the Hugging Face hub writes it, such as "apache-2.0".
-        push: ORG/NAME of a model on the hub that gets the export as a commit; made if there is none of that name.
-        private: Make a new model on the hub visible to its owners alone.
-        overwrite: Replace an earlier export there, with `push` also files of the same names on the hub.
-        overrides: What a released file does not state, as `load_encoder` takes it: layout, heads, weights, image_size,
-            palette.
+            (an MAE run with its decoder, for transformers).
+        size: fixed (images of one size) or dynamic (any size that the patch size divides); None for the format's
+            default.
+        scores: Files with scores for the model card.
+        license: License on the model card, by its identifier on the Hugging Face hub, such as "apache-2.0".
+        push: ORG/NAME of a model on the hub, to which the export is committed. The model is created if it does not
+            exist.
+        private: Create a new model on the hub as private.
+        overwrite: Replace an earlier export in the folder and, with `push`, files of the same names on the hub.
+        overrides: Settings that a released file does not include, as in `load_encoder`: layout, heads, weights,
+            image_size, palette.
 
     Returns:
-        The folder, and how near its outputs come to the encoder's.
+        The folder, and the largest difference between its outputs and the encoder's.
 
     Raises:
-        ValueError: The folder is in use, the format is unknown or cannot hold the encoder, or the hub refuses it.
-        RuntimeError: What was written gives other outputs.
+        ValueError: The folder is in use, the format is unknown or cannot represent the encoder, or the hub refuses it.
+        RuntimeError: The exported model gives different outputs.
 
     Example:
         made = sslvit.export("runs/photos", "exports/photos", "timm")

@@ -1,9 +1,9 @@
-"""The one door between training and everything after it: an encoder as a folder, and any file as an encoder.
+"""Saving an encoder as a folder, and loading one from any file or folder that contains one.
 
-    encoder.json          settings, preprocessing and where the weights come from
+    encoder.json          settings, preprocessing and the origin of the weights
     encoder.safetensors   the weights
 
-Nothing here unpickles code (weight_files.py).
+No pickled code is ever run (see weight_files.py).
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ from sslvit.weight_files import FOLDER_FILES, read_folder_weights, read_torch_fi
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-HEAD = "head.safetensors"  # beside an encoder: the classifier that was trained with it
-TIMM = "timm:"  # prefix of the name of one of timm's pretrained models
+HEAD = "head.safetensors"  # next to an encoder: the classifier that was trained with it
+TIMM = "timm:"  # name prefix of timm's pretrained models
 LIBRARIES = (TIMM, "torchvision:")
-SNAPSHOTS = "snapshots"  # of a model in the hub's cache
-STUDENT, TEACHER = "model.encoder.", "model.teacher."  # prefixes in a checkpoint whose task trains both
+SNAPSHOTS = "snapshots"  # subfolder of a model in the hub's cache
+STUDENT, TEACHER = "model.encoder.", "model.teacher."  # key prefixes in checkpoints of tasks with both networks
 
 
 class Preprocesses:
-    """What comes from a file knows how its images are prepared."""
+    """Mixin for loaded encoders, which know how to preprocess images."""
 
     settings: EncoderSettings
 
     def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
-        """The normalized batch 'b c h w' that evaluation makes of images: turned upright, cropped and resized.
+        """Prepare images as evaluation does: turned upright, resized, cropped, and normalized to a batch 'b c h w'.
 
         Args:
-            images: An image, or several: paths, PIL images, or arrays 'h w' or 'h w c' of 8 or 16 bits.
+            images: One image or several: paths, PIL images, or arrays 'h w' or 'h w c' of 8 or 16 bits.
 
         Raises:
-            ValueError: Something that is no such image; floating-point values, whose range nothing tells.
-            FileNotFoundError: No such file.
+            ValueError: Not such an image, or an array of floating-point values, whose range is unknown.
+            FileNotFoundError: A file does not exist.
 
         Example:
             features = encoder.features(encoder.preprocess("dog.jpg"))
@@ -71,7 +71,7 @@ class Preprocesses:
         return preprocess(images, self.settings).to(next(self.parameters()))
 
     def to_dict(self) -> dict[str, Any]:
-        """The encoder's settings as plain values, as encoder.json holds them."""
+        """The encoder's settings as plain values, as in encoder.json."""
         assert isinstance(self, (ViTEncoder, Backbone))
         return describe_encoder(self)
 
@@ -80,46 +80,46 @@ class Preprocesses:
 
 
 class LoadedEncoder(Preprocesses, ViTEncoder):
-    """A `ViTEncoder` from a file."""
+    """A `ViTEncoder` loaded from a file."""
 
 
 class LoadedBackbone(Preprocesses, Backbone):
-    """A `Backbone` from a file or by its name."""
+    """A `Backbone` loaded from a file or by name."""
 
 
 def describe_encoder(encoder: Encoder) -> dict[str, Any]:
-    """The encoder's settings as plain dicts, lists, strings and numbers: those that hold for it."""
+    """The settings that apply to this encoder, as plain dicts, lists, strings and numbers."""
     found = asdict(encoder.settings)
     is_backbone = encoder.settings.backbone is not None
     return {key: value for key, value in found.items() if key in OF_A_BACKBONE} if is_backbone else found
 
 
 def fingerprint(encoder: Encoder) -> str:
-    """A hash of exactly these settings and weights; of a module from Python also of what it computes."""
+    """Hash the settings and weights; for a module passed from Python, also its repr and its output on a fixed input."""
     content = hashlib.sha256(json.dumps(describe_encoder(encoder), sort_keys=True).encode())
     for key, value in sorted(encoder.state_dict().items()):
         content.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    if isinstance(encoder, Backbone) and encoder.settings.backbone == OWN:  # whose code no name stands for
+    if isinstance(encoder, Backbone) and encoder.settings.backbone == OWN:  # no name identifies its code
         content.update(repr(encoder.net).encode() + encoder.answer().cpu().numpy().tobytes())
     return content.hexdigest()
 
 
 def save_encoder(encoder: Encoder, folder: str | Path, provenance: dict[str, Any] | None = None) -> Path:
-    """Write encoder.json and encoder.safetensors, each complete or not at all.
+    """Write encoder.json and encoder.safetensors, each atomically.
 
     Args:
         encoder: The encoder.
-        folder: The folder, made if missing; an encoder already there is replaced.
-        provenance: Where the weights come from (run settings, step, data), for the reader.
+        folder: The folder, created if missing; an encoder already there is replaced.
+        provenance: Origin of the weights (run settings, step, data), for the record.
 
     Raises:
-        WriteError: The disk is full or cannot be written to; an encoder already there stays.
+        WriteError: The disk is full or not writable; an encoder already there is kept.
     """
     folder = Path(expand_path(folder))
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
     description = {"format": FORMAT, "encoder": describe_encoder(encoder), "provenance": provenance or {}}
-    # numbers of one list on one line: a palette has 512 of them
+    # lists of numbers go on one line each, since a palette has 512 colors
     text = re.sub(r"\[\n[-+.\de,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(description, indent=2))
     files = [folder / name for name in ("encoder.json", "encoder.safetensors")]
     for file in files:
@@ -135,25 +135,26 @@ def load_encoder(
     source: str | Path, layout: str | None = None, heads: int | None = None, weights: str | None = None,
     backbone: BackboneLike | None = None, **changes: Any,
 ) -> LoadedEncoder | LoadedBackbone:  # fmt: skip
-    """An encoder in evaluation mode from anything that holds one; never runs code from the file.
+    """Load an encoder in evaluation mode from a file, folder or name; code in the file is never run.
 
     Args:
-        source: A run folder, an encoder folder, a Lightning checkpoint of ours, a released checkpoint file, a folder
-            that transformers or timm opens, zoo:NAME of docs/record.md, hf:ORG/NAME[@REVISION] of the Hugging Face hub,
-            timm:NAME for a pretrained model of timm's, or another network by its name, such as
+        source: A run folder, an encoder folder, an sslvit checkpoint, a released checkpoint file, a folder that
+            transformers or timm can open, zoo:NAME from docs/record.md, hf:ORG/NAME[@REVISION] from the Hugging Face
+            hub, timm:NAME for one of timm's pretrained models, or the name of another network, such as
             torchvision:resnet18@IMAGENET1K_V1.
-        layout: Layout of a released file: mae, dino, dinov2, dinov3, timm, transformers or openai_igpt; recognized
-            from the names if None.
-        heads: Attention heads of a released file, which does not state them; 64 channels a head are assumed if None.
-        weights: Which network of a file with several, by a part of its name, such as student or model_ema; None for
-            what its task calls the result, the teacher, or an average over training.
-        backbone: The module from Python that a run trained, or a function that makes it: no folder holds its code.
-        changes: Settings that a released file does not state, such as `palette`.
+        layout: Layout of a released file: mae, dino, dinov2, dinov3, timm, transformers or openai_igpt; None to
+            recognize it by its parameter names.
+        heads: Number of attention heads, which a released file does not include; None for one per 64 channels.
+        weights: Which of several networks in a file to load, by part of its name, such as student or model_ema. None
+            for the task's result, the teacher, or an average over training.
+        backbone: The Python module that a run trained, or a function that makes it; run folders do not contain its
+            code.
+        changes: Settings that a released file does not include, such as `palette`.
 
     Raises:
-        FileNotFoundError: Nothing is there, or nothing that holds an encoder.
-        ValueError: The file is no checkpoint, would run code, holds other weights than its settings describe, or
-            states what is to be changed.
+        FileNotFoundError: Nothing is there, or it contains no encoder.
+        ValueError: Not a checkpoint, a file that would run code, weights that do not match their settings, or a change
+            to a setting that the file already specifies.
 
     Example:
         encoder = sslvit.load_encoder("runs/photos")
@@ -197,7 +198,7 @@ def load_encoder(
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Add the file to errors of layouts and settings, which may not know it."""
+    """Prefix errors of layouts and settings with the file's path, which they may not know."""
     try:
         yield
     except ValueError as error:
@@ -207,24 +208,24 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _from_library(path: Path, changes: dict[str, Any]) -> Converted | None:
-    """What timm or transformers wrote; None for other folders."""
+    """Read a folder written by timm or transformers; None for other folders."""
     if (converted := timm_models.from_folder(path, **changes)) is not None:
         return converted
     if not transformers_folder.is_folder(path):
         return None
-    transformers_folder.read_config(path)  # its error says what the folder is, if it is not of such a model
+    transformers_folder.read_config(path)  # raises a clear error if the folder is for an unsupported model
     weights = unwrap(read_folder_weights(path), str(path)).everything
     return transformers_folder.to_sslvit(weights, path, **changes)
 
 
 def _is_in_library_folder(file: Path) -> bool:
-    """Whether a file of weights has a config.json of timm or transformers beside it."""
+    """Whether a weight file lies next to a config.json of timm or transformers."""
     config = transformers_folder.stated(file.parent) if file.name in FOLDER_FILES else {}
     return "pretrained_cfg" in config or config.get("model_type") in transformers_folder.MODELS
 
 
 def reject_overrides(source: str, overrides: dict[str, Any]) -> None:
-    """Refuse options for released files, as a source states its own settings."""
+    """Refuse options meant for released files, since this source includes its own settings."""
     if "weights" in overrides:
         raise ValueError(f"{source}: holds one network, no student beside a teacher. Remove --weights.")
     if overrides:
@@ -237,7 +238,7 @@ def _build_converted(converted: Converted, source: str) -> LoadedEncoder | Loade
     source = printable(source)
     for note in converted.notes:
         logger.info(f"{source}: {note}")
-    settings = settings_from(asdict(converted.settings), source)  # what a foreign file states is checked as well
+    settings = settings_from(asdict(converted.settings), source)  # foreign files are validated, too
     encoder = _build(settings, converted.encoder, source)
     if converted.num_read:
         logger.info(f"{source}: {converted.summary()}")
@@ -261,15 +262,15 @@ def _build(settings: EncoderSettings, weights: dict[str, Tensor], source: str | 
 def split_checkpoint(
     content: dict[str, Any], path: Path, network: str | None = None
 ) -> tuple[EncoderSettings, dict[str, Tensor], dict[str, Tensor]]:
-    """Split a run's checkpoint into an encoder's settings, its weights, and all other weights.
+    """Split a run's checkpoint into the encoder's settings, the encoder's weights, and all other weights.
 
     Args:
-        content: The checkpoint as read.
+        content: Content of the checkpoint.
         path: Its file, for messages.
-        network: student or teacher; None for the one that the task calls its result.
+        network: student or teacher; None for the task's result.
 
     Raises:
-        ValueError: It is damaged, or has no student beside a teacher.
+        ValueError: The checkpoint is damaged, or does not have a student and a teacher.
     """
     try:
         settings, prefix, state = content["sslvit"]["encoder"], content["sslvit"]["prefix"], content["state_dict"]
@@ -286,9 +287,9 @@ def split_checkpoint(
 
 
 def find_encoder(source: str | Path, by_network: bool = False) -> Path:
-    """The encoder folder or checkpoint file behind a path: itself, its encoder/ or its last checkpoint.
+    """Find the encoder folder or checkpoint file for a path: itself, its encoder/ or its last checkpoint.
 
-    With `by_network` a checkpoint is preferred, as it holds the student too.
+    With `by_network` a checkpoint is preferred, since it also contains the student.
     """
     if zoo.is_name(source):
         return zoo.find(str(source))
@@ -315,7 +316,7 @@ def find_encoder(source: str | Path, by_network: bool = False) -> Path:
 
 
 def _snapshot(folder: Path) -> Path:
-    """The snapshot of the main branch in a folder of the hub's cache (models--NAME), or the only one."""
+    """The snapshot of the main branch in a folder of the hub's cache (models--NAME), or the only snapshot there."""
     try:
         main = (folder / "refs" / "main").read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -329,14 +330,14 @@ def _snapshot(folder: Path) -> Path:
 
 
 def provenance_of(source: str | Path, weights: str | None = None) -> dict[str, Any]:
-    """Where the weights of a source come from, as far as its files state it: task, step, data, settings of a run."""
+    """Origin of the weights as far as the source records it: task, step, data and settings of the run."""
     network = {} if weights is None else {"weights": weights}
     if str(source).startswith(LIBRARIES):
         return {"imported_from": str(source)}
     path = find_encoder(source, by_network=weights is not None)
     if path.is_dir():
         if not (path / "encoder.json").is_file():
-            is_named = hub.is_name(source)  # a snapshot's folder is called by its commit
+            is_named = hub.is_name(source)  # a snapshot's folder is named by its commit
             return {"imported_from": f"{str(source).partition('@')[0]}@{path.name}" if is_named else path.name}
         found = _read_description(path / "encoder.json").get("provenance")
         return (found if isinstance(found, dict) else {}) | network
@@ -349,7 +350,7 @@ def provenance_of(source: str | Path, weights: str | None = None) -> dict[str, A
 
 
 def _run_settings(file: Path) -> dict[str, Any] | None:
-    """The content of a run's config.yaml; None if it is missing or something else."""
+    """The content of a run's config.yaml; None if it is missing or not a run's."""
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, *YAML_ERRORS):

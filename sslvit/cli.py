@@ -1,4 +1,4 @@
-"""The `sslvit` command: what it understands. torch is imported only inside a command (commands/)."""
+"""The `sslvit` command line. torch is imported only inside a command (commands/)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from sslvit.plugins import use_plugin
 from sslvit.stopping import TRY_AGAIN, Preempted, RankLost, finishing, is_first_process, requeue, stopping_at_once
 
 MAX_MESSAGE = 1000  # characters
-# Rounds that a waiting OpenMP thread spins before it sleeps. By default it spins for milliseconds, during which another
-# process cannot use its core (docs/performance.md).
+# Iterations that a waiting OpenMP thread spins before it sleeps. The default takes milliseconds, during which no other
+# process can use its core (docs/performance.md).
 SPIN_COUNT = "10000"
 COMMANDS: Mapping[str, Function] = {
     "demo": training.run_demo,
@@ -64,7 +64,7 @@ COMMANDS: Mapping[str, Function] = {
 GROUPS = {"shards": "Make and inspect WebDataset shards."}
 TRAINING = {"pretrain", "finetune", "resume"}
 WITH_TRAINING = {*TRAINING, "demo", "bench", "sweep"}
-# behind "interrupted", where there is more to say than that the command can be given again
+# printed after "interrupted", for commands that keep finished work
 KEPT = {
     "demo": "; what is done is kept in its folder: give the same command with --overwrite to begin anew",
     "shards pack": "; shards that are finished are kept: the same command goes on with the others",
@@ -78,10 +78,10 @@ KEPT = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code. Errors of the user's making are one line, without a traceback."""
+    """Run one command and return its exit code. User errors are printed as one line, without a traceback."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported
-    with finishing(is_process_ending=arguments is None):  # its exit code is decided; a scheduler is still to be asked
+    with finishing(is_process_ending=arguments is None):  # a late signal changes neither exit code nor requeue
         return _run(sys.argv[1:] if arguments is None else arguments)
 
 
@@ -102,7 +102,7 @@ def _run(arguments: list[str]) -> int:
     except UnknownCommand as error:
         print(f"sslvit: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever reads our output, such as head, has enough
+    except BrokenPipeError:  # the reader of our output, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -124,7 +124,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def read_command(arguments: list[str]) -> tuple[Function, Any]:
-    """The function behind a command and its options, as typed; ends the process after --help and --version."""
+    """Parse a command line into the command's function and its options; exits the process on --help and --version."""
     name, rest = find_command(COMMANDS, arguments)
     parser = make_parser(name, has_help=bool({"-h", "--help"} & set(rest)))
     if name not in COMMANDS:
@@ -134,7 +134,7 @@ def read_command(arguments: list[str]) -> tuple[Function, Any]:
 
 
 def last_words(error: BaseException) -> str:
-    """The message in one line; alone where a loader process sent its whole traceback."""
+    """The error message in one line, without the traceback that a DataLoader worker adds to it."""
     text = (explain_os_error(error) if isinstance(error, OSError) else None) or str(error).strip()
     if "Original Traceback" in text:
         text = re.sub(r"^[\w.]+: ", "", text.splitlines()[-1])
@@ -142,11 +142,11 @@ def last_words(error: BaseException) -> str:
 
 
 def make_parser(only: str | None = None, has_help: bool = True) -> argparse.ArgumentParser:
-    """The parser of all commands.
+    """Make the parser of all commands.
 
     Args:
-        only: Command whose options alone are added; all commands have theirs by default, as shell completion needs.
-        has_help: Whether these options have their texts.
+        only: Add options to this command only; by default all commands get theirs, as shell completion needs.
+        has_help: Whether to add help texts to the options.
     """
     parser = argparse.ArgumentParser(
         "sslvit", description="Self-supervised pretraining for vision transformers.", allow_abbrev=False

@@ -1,4 +1,4 @@
-"""Whether weights fit an encoder's settings, and whether two encoders mean the same by the same weights."""
+"""Checks that weights fit an encoder's settings, and that two encoders interpret the same weights alike."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOT_IN_THE_WEIGHTS = (
 
 
 def settings_from(content: object, source: str | Path) -> EncoderSettings:
-    """Settings from a file, checked like those of a recipe."""
+    """Build settings from a file's content, validated like a recipe's."""
     try:
         if not isinstance(content, dict):
             raise ValueError(f"its encoder is a {type(content).__name__}, not settings.")
@@ -39,27 +39,27 @@ def settings_from(content: object, source: str | Path) -> EncoderSettings:
 
 
 def load_strict(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load weights that must fit exactly; the error lists names that are missing, unknown or of another shape."""
+    """Load weights that must match exactly; the error lists missing, unexpected and wrongly shaped parameters."""
     _compare_shapes(module.state_dict(), weights, source)
     module.load_state_dict(weights)
 
 
 def check_fits(settings: EncoderSettings, weights: dict[str, Any], source: str) -> None:
-    """Refuse weights that settings from a file do not describe, before memory is allocated for what they describe."""
+    """Refuse weights that do not match a file's settings, before memory is allocated for the network."""
     other = next((key for key, value in weights.items() if not isinstance(value, Tensor)), None)
     if other is not None:
         raise ValueError(f"{source}: {brief(other)} is a {type(weights[other]).__name__}, not a tensor. Is it damaged?")
     if settings.backbone is not None:
-        return  # its library, and not the file, says how large it is
+        return  # its library determines its size, not the file
     shape = copy.copy(settings)
     shape.depth = min(settings.depth, count_blocks(weights, "blocks.") + 1)
     shape.color_init = "normal"
     if shape.pos_embed in POSITION_TABLES:
-        shape.pos_embed = "learned_1d"  # a table of the same shape, without its arithmetic
+        shape.pos_embed = "learned_1d"  # same shape, without computing the table
     try:
         with torch.device("meta"):
             expected = ViTEncoder(shape).state_dict()
-    except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # sizes beyond what a tensor can have
+    except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # impossible tensor sizes
         reason = printable(str(error).splitlines()[0], 120)
         raise ValueError(f"{source}: its settings describe no network that can be built ({reason}).") from error
     _compare_shapes(expected, weights, source, f" of {settings.depth:,} blocks" if shape.depth < settings.depth else "")
@@ -83,16 +83,16 @@ def _compare_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor], sou
 
 
 def settings_difference(one: EncoderSettings, other: EncoderSettings) -> list[str]:
-    """Settings that change the meaning of the same weights, as 'width: 192 and 384'.
+    """List the settings in which two encoders would interpret the same weights differently, as 'width: 192 and 384'.
 
-    Randomness, memory savers, pooling and the resampling of positions do not count; a learned and a fixed position
-    table are both a table.
+    Randomness, memory savers, pooling and the resampling of positions do not count; learned and fixed position tables
+    count as equal.
     """
     differences = []
     for field in fields(EncoderSettings):
         values = [getattr(settings, field.name) for settings in (one, other)]
         if field.name == "rotary_grid" and None in values:
-            continue  # one of them has other positions, which is said
+            continue  # one of them has another kind of positions, which is listed as pos_embed
         if field.name == "pos_embed":
             values = ["a table" if value in POSITION_TABLES else value for value in values]
         if field.name not in NOT_IN_THE_WEIGHTS and values[0] != values[1]:
@@ -101,7 +101,7 @@ def settings_difference(one: EncoderSettings, other: EncoderSettings) -> list[st
 
 
 def check_same(there: EncoderSettings, here: EncoderSettings, source: str, besides: Sequence[str] = ()) -> None:
-    """Refuse weights whose own settings (`there`) differ from those they would be used with, besides some."""
+    """Refuse weights whose own settings (`there`) differ from the settings to use, except for those in `besides`."""
     differences = [text for text in settings_difference(there, here) if text.split(":")[0] not in besides]
     if differences:
         raise ValueError(f"{source}: an encoder of another architecture (there and here {'; '.join(differences)}).")

@@ -1,4 +1,4 @@
-"""What is there to run on: libraries that fit together (``python -m sslvit.environment``, run by `make`), a GPU."""
+"""The environment: compatible libraries (``python -m sslvit.environment``, run by `make`), devices, CPU cores."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sslvit.files import printable
 
 logger = logging.getLogger(__name__)
 
-MAX_STEPS = "SSLVIT_MAX_STEPS"  # of runs and of heads, to try commands out
-GIT_SECONDS = 5  # that git may take to name a commit
-MAX_WORKERS = 16  # loader processes that nobody asked for
+MAX_STEPS = "SSLVIT_MAX_STEPS"  # environment variable: limits the steps of runs and heads, to try commands out
+GIT_SECONDS = 5  # timeout for git
+MAX_WORKERS = 16  # most loader processes by default
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 
-# what is in the text of an error -> what to do about it
+# substrings of an error's text -> explanation and remedy
 REMEDIES = {
     ("shared memory", "Bus error", "unable to mmap", "torch_shm"): (
         "the loader's processes have no shared memory left (/dev/shm). Use --data.workers 0 (or --workers 0), or give "
@@ -44,13 +44,13 @@ REMEDIES = {
 
 
 def explain(error: BaseException) -> str | None:
-    """The remedy for an error that stems from the machine or from libraries that do not fit together, or None."""
+    """The remedy for an error caused by the machine or by incompatible libraries, or None."""
     text = str(error)
     return next((remedy for signs, remedy in REMEDIES.items() if any(sign in text for sign in signs)), None)
 
 
 def check() -> str | None:
-    """What does not fit, or None."""
+    """Describe the problem with the installed libraries, or return None."""
     try:
         import torchvision  # noqa: F401
     except (RuntimeError, AttributeError, ImportError) as error:
@@ -59,7 +59,7 @@ def check() -> str | None:
 
 
 def limited_steps(steps: int, what: str) -> int:
-    """The steps that a run or a head takes: at most $SSLVIT_MAX_STEPS, where that is set; says so where it is fewer.
+    """Limit the steps of a run or a head to $SSLVIT_MAX_STEPS if that is set, with a warning if it makes a difference.
 
     Raises:
         ValueError: The variable is not a positive number.
@@ -75,7 +75,7 @@ def limited_steps(steps: int, what: str) -> int:
 
 
 def describe_process() -> dict[str, Any]:
-    """What made a file, beside its settings: command, date, host, versions, and commits of the code."""
+    """Describe the process that writes a file: command, date, host, versions, and commits of the code."""
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "pytorch-lightning", "numpy")}
     return {
         "command": shlex.join(sys.argv), "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -88,7 +88,7 @@ def describe_process() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit that is checked out around a folder, with -dirty behind it where files have changed; None for none."""
+    """The checked-out commit of a folder's repository, with a -dirty suffix if files have changed; None without one."""
     words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
@@ -98,10 +98,10 @@ def git_commit(folder: Path) -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next step, instead of giving it back to the system.
+    """Let the C library keep memory that a step frees for the next step, instead of returning it to the system.
 
-    On a CPU glibc returns every large tensor, and the system fills new pages with zeros a moment later, which takes 5
-    to 14 percent of a training step. Other C libraries are left as they are.
+    On a CPU, glibc returns every large tensor to the system, which then has to zero new pages for the next one; that
+    takes 5 to 14 percent of a training step. Other C libraries are left alone.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -112,12 +112,12 @@ def keep_freed_memory() -> None:
 
 
 def require_packages(asked: str, install: str, *packages: str) -> None:
-    """Refuse what needs packages that are not installed, or in a version that is too old, before any work.
+    """Raise before any work if a feature needs packages that are not installed, or newer versions of them.
 
     Args:
-        asked: What needs them, in the user's words, such as "--format onnx".
-        install: What pip is given, such as "sslvit[onnx]".
-        packages: Names by which they are imported.
+        asked: The feature in the user's words, such as "--format onnx".
+        install: Argument for pip install, such as "sslvit[onnx]".
+        packages: Import names of the packages.
 
     Raises:
         ImportError: One of them is not installed, or does not meet the requirement of sslvit's own metadata.
@@ -149,12 +149,12 @@ def _unmet_requirement(package: str) -> str | None:
 
 
 def pick_device(name: str = "auto") -> str:
-    """The device behind a name: auto is a GPU where there is one. Of several processes each gets its own.
+    """Resolve a device name: auto is a GPU if there is one, and each local rank gets its own GPU.
 
     Raises:
-        ValueError: cuda is asked for and not there.
+        ValueError: cuda is requested, but torch sees no GPU.
     """
-    import torch  # seconds; a command that needs no device need not wait for it
+    import torch  # takes seconds, for which a command without a device should not wait
 
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here. Use auto or cpu.")
@@ -164,22 +164,22 @@ def pick_device(name: str = "auto") -> str:
 
 
 def cpu_cores() -> int:
-    """Number of CPU cores that this process may use."""
+    """Number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pick_workers(workers: int | None, device: str, ranks: int | None = None) -> int:
-    """The number of loader processes of one rank behind a setting, in training and evaluation.
+    """Resolve the number of loader processes of one rank, in training and evaluation.
 
     Args:
-        workers: The number that is asked for. None is one per CPU core but one, up to MAX_WORKERS, for a GPU, which
-            would wait for a single process; and none for a CPU, whose cores the encoder needs.
+        workers: The requested number. None means, for a GPU, one per CPU core except one, up to MAX_WORKERS, and for a
+            CPU no extra processes, since the encoder needs its cores.
         device: Type of the encoder's device.
-        ranks: Number of processes on this machine; None for what torchrun says.
+        ranks: Number of ranks on this machine; None for the number that torchrun sets.
     """
     if workers is not None:
         return workers
-    cores = cpu_cores() // (ranks or int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of several each gets its own
+    cores = cpu_cores() // (ranks or int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # ranks share the cores
     return 0 if device == "cpu" else min(MAX_WORKERS, max(1, cores - 1))
 
 

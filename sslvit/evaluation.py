@@ -1,4 +1,4 @@
-"""Frozen encoders from Python: scores, measures and features, by names and paths as the commands take them."""
+"""Evaluation of frozen encoders from Python, with the same names and paths as on the command line."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ def probe(
     """Score a frozen encoder: linear probe and kNN, with baselines.
 
     Args:
-        encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes.
-        train: Labeled shards, class folders, or a data set with labels (as in `pretrain`) that the heads are fitted on.
-        val: Data of the same kind that is scored.
+        encoder: An encoder, any module that maps images to vectors 'b d', or anything that `load_encoder` accepts.
+        train: Labeled shards, class folders, or a data set with labels (as in `pretrain`), used to fit the heads.
+        val: Data of the same kind, used to compute the scores.
         layers: Blocks to score side by side: "all", or numbers such as [1, 4, 8].
         figure: PNG file for a plot of `layers`.
-        crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
-        size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
+        crop_fraction: Side of the center crop as a fraction of the image's; None for the encoder's own.
+        size: Input size in pixels, 64 or "48x64"; None for the encoder's own.
         settings: Further fields of `ProbeSettings`, such as labels_per_class=10 or protocol="mae"; settings of a
-            protocol as {"name": "mae", "epochs": 10}.
+            protocol are given as {"name": "mae", "epochs": 10}.
 
     Returns:
-        The table; a `LayerTable` where `layers` are given.
+        The table; a `LayerTable` if `layers` is given.
 
     Raises:
-        ValueError: Data without labels, classes that differ, too few labels, or settings that do not fit.
-        FileNotFoundError: No encoder or no shards there.
+        ValueError: Data without labels, different classes, too few labels, or invalid settings.
+        FileNotFoundError: The encoder or the shards do not exist.
 
     Example:
         table = sslvit.probe("runs/mae", "shards/train", "shards/val", labels_per_class=10)
@@ -100,19 +100,19 @@ def knn(
     """Score a frozen encoder by its nearest neighbors alone.
 
     Args:
-        encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes.
-        train: Labeled shards, class folders, or a data set with labels (as in `pretrain`) whose images vote.
-        val: Data of the same kind that is scored.
-        crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
-        size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
+        encoder: An encoder, any module that maps images to vectors 'b d', or anything that `load_encoder` accepts.
+        train: Labeled shards, class folders, or a data set with labels (as in `pretrain`), from which neighbors vote.
+        val: Data of the same kind, used to compute the scores.
+        crop_fraction: Side of the center crop as a fraction of the image's; None for the encoder's own.
+        size: Input size in pixels, 64 or "48x64"; None for the encoder's own.
         settings: Further fields of `KNNSettings`, such as neighbors=[20].
 
     Returns:
         The table.
 
     Raises:
-        ValueError: Data without labels, classes that differ, or settings that do not fit.
-        FileNotFoundError: No encoder or no shards there.
+        ValueError: Data without labels, different classes, or invalid settings.
+        FileNotFoundError: The encoder or the shards do not exist.
 
     Example:
         table = sslvit.knn("runs/dino", "shards/train", "shards/val", neighbors=[20])
@@ -136,17 +136,17 @@ def compare(
     """Score several frozen encoders in one table; without labels, by the measures of `health`.
 
     Args:
-        encoders: Name of the row -> encoder, or paths that are the names, too.
-        train: Labeled shards or class folders that the heads are fitted on, or images without labels.
-        val: Data that is scored; None only for images without labels.
-        settings: Further fields of `ProbeSettings`; protocol=None leaves nearest neighbors.
+        encoders: Row name -> encoder, or a list of paths, which also name the rows.
+        train: Labeled shards or class folders used to fit the heads, or images without labels.
+        val: Data used to compute the scores; may be None only for images without labels.
+        settings: Further fields of `ProbeSettings`; protocol=None scores by nearest neighbors only.
 
     Returns:
-        A `ProbeTable`; a `MeasureTable` of at most 5,000 images where there are no labels.
+        A `ProbeTable`; without labels, a `MeasureTable` of at most 5,000 images.
 
     Raises:
-        ValueError: No encoders, encoders that take images of different channels, or data that cannot be probed.
-        FileNotFoundError: No encoder or no shards there.
+        ValueError: No encoders, encoders for images of different channels, or data that cannot be probed.
+        FileNotFoundError: An encoder or the shards do not exist.
 
     Example:
         table = sslvit.compare({"MAE": "runs/mae", "DINO": "runs/dino"}, "shards/train", "shards/val")
@@ -187,26 +187,26 @@ def health(
     """Measure features without labels: rank, spectrum, uniformity, alignment.
 
     Args:
-        encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes.
-        data: Images, with labels or without.
-        images: Number of images, evenly spaced.
-        layer: Number of the block whose output is taken; None for the encoder's own.
+        encoder: An encoder, any module that maps images to vectors 'b d', or anything that `load_encoder` accepts.
+        data: Images, with or without labels.
+        images: Number of images to use, evenly spaced over the data set.
+        layer: Number of the block whose output is used; None for the encoder's own.
         pooling: Pooling of the tokens; None for the encoder's own.
         batch: Images per forward pass.
-        workers: Number of loader processes; None for what suits the device.
+        workers: Number of loader processes; None to choose by the device.
         device: auto, cpu or cuda.
         precision: float32 or bf16.
-        max_unreadable_fraction: Fraction of the images that may be unreadable.
+        max_unreadable_fraction: Largest tolerated fraction of unreadable images.
         seed: Seed of the crops and of the untrained weights.
-        crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
-        size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
+        crop_fraction: Side of the center crop as a fraction of the image's; None for the encoder's own.
+        size: Input size in pixels, 64 or "48x64"; None for the encoder's own.
 
     Returns:
-        The table, with the same network untrained and raw pixels beside the encoder.
+        The table, which also has rows for raw pixels and for the same network with untrained weights.
 
     Raises:
-        ValueError: Settings that do not fit, or images that cannot be read.
-        FileNotFoundError: No encoder or no images there.
+        ValueError: Invalid settings, or unreadable images.
+        FileNotFoundError: The encoder or the images do not exist.
 
     Example:
         table = sslvit.health("runs/dino", "photos")
@@ -223,7 +223,7 @@ def health(
 
 
 def _measured(encoders: dict[str, Encoder], data: str, images: int, settings: ProbeSettings) -> MeasureTable:
-    """Measures without labels of encoders, with what a reader needs to quote them."""
+    """Measure encoders without labels, with the details needed to report the numbers."""
     index, device = open_shards(data), pick_device(settings.device)
     encoders = {name: encoder.to(device) for name, encoder in encoders.items()}
     first = next(iter(encoders.values())).settings
@@ -258,29 +258,29 @@ def embed(
     crop_fraction: float | None = None,
     size: Size | None = None,
 ) -> embedding.Embeddings:
-    """Features of images as arrays.
+    """Compute features of images as arrays.
 
     Args:
-        encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes.
-        data: Shards, a folder of images or a data set (as in `pretrain`), with labels or without.
-        output: File for the arrays, which ends in .npz.
-        layer: Number of the block whose output is taken; None for the encoder's own.
+        encoder: An encoder, any module that maps images to vectors 'b d', or anything that `load_encoder` accepts.
+        data: Shards, a folder of images or a data set (as in `pretrain`), with or without labels.
+        output: File for the arrays, with the suffix .npz.
+        layer: Number of the block whose output is used; None for the encoder's own.
         pooling: Pooling of the tokens; None for the encoder's own.
-        blocks: Number of consecutive blocks, ending with that one, whose features are concatenated.
+        blocks: Number of consecutive blocks, ending with `layer`, whose features are concatenated.
         batch: Images per forward pass.
-        workers: Number of loader processes; None for what suits the device.
+        workers: Number of loader processes; None to choose by the device.
         device: auto, cpu or cuda.
         precision: float32 or bf16.
-        max_unreadable_fraction: Fraction of the images that may be unreadable.
-        crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
-        size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
+        max_unreadable_fraction: Largest tolerated fraction of unreadable images.
+        crop_fraction: Side of the center crop as a fraction of the image's; None for the encoder's own.
+        size: Input size in pixels, 64 or "48x64"; None for the encoder's own.
 
     Returns:
-        Arrays `features` ('n d') and `keys`, and `labels` with `classes` where there are some.
+        Arrays `features` ('n d') and `keys`, and `labels` with `classes` if the data has labels.
 
     Raises:
-        ValueError: A file that is there, settings that do not fit, or images that cannot be read.
-        FileNotFoundError: No encoder or no images there.
+        ValueError: The file exists already, invalid settings, or unreadable images.
+        FileNotFoundError: The encoder or the images do not exist.
 
     Example:
         found = sslvit.embed("runs/dino", "photos")

@@ -1,4 +1,4 @@
-"""Arrays -> PNGs: rows of images, curves, bars."""
+"""Figures as PNG files: rows of images, curves, bars."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from matplotlib.ticker import MaxNLocator
 
 from sslvit.files import new_file, printable
 
-GAP = 0.06  # between images that stand an inch from one another
-COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9"]  # as on pages; safe for the color-blind
-FINE = 16  # pixels across an image, of which a gap can be a part
-FONT_SIZE = 9  # of every text in every figure
+GAP = 0.06  # inches between images, whose left edges are an inch apart
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9"]  # as on HTML pages; colorblind-safe
+FINE = 16  # smallest width in pixels at which a gap of a whole pixel is narrow enough
+FONT_SIZE = 9  # of all text in figures
 
 
 class TextFigure(Figure):
-    """A figure with texts of one size, printed as they are: no dollar sign starts a formula, no character is an error.
+    """A figure with text of one size, taken literally: "$" starts no formula, and no character causes an error.
 
-    All figures are of this kind, so that no text of a user is forgotten.
+    All figures use this class, so that it covers every text that comes from a user.
     """
 
     def savefig(self, *args: Any, **options: Any) -> None:
-        """Write the figure, with its texts printed as they are."""
+        """Write the figure, with all text taken literally."""
         for text in self.findobj(Text):
             text.set_parse_math(False)
             text.set_fontsize(FONT_SIZE)
@@ -44,12 +44,12 @@ class TextFigure(Figure):
 
 
 def add_legend(owner: Axes | Figure, artists: Mapping[str, Any], **options: Any) -> None:
-    """Add a legend that also has names with a leading underscore, which matplotlib would leave out.
+    """Add a legend that includes names with a leading underscore, which matplotlib would leave out.
 
     Args:
-        owner: axes or figure that gets the legend.
-        artists: what is plotted, by name.
-        options: options of matplotlib's legend.
+        owner: Axes or figure that gets the legend.
+        artists: Name -> plotted artist.
+        options: Options of matplotlib's legend.
     """
     legend = owner.legend(list(artists.values()), ["name"] * len(artists), frameon=False, **options)
     for text, name in zip(legend.get_texts(), artists, strict=True):
@@ -63,14 +63,14 @@ def plot_images(
     title: str = "",
     captions: list[list[str]] | None = None,
 ) -> Path:
-    """Plot rows of small images, with a title left of each row.
+    """Plot rows of small images, with a title to the left of each row.
 
     Args:
         path: PNG to write.
-        rows: images of each row, 'b c h w' in [0, 1]; 1 channel is gray, of more than 3 the first 3 are plotted.
-        titles: titles of the rows.
-        title: title of the figure.
-        captions: a short text above each image; None for none.
+        rows: Images of each row, 'b c h w' in [0, 1]; 1 channel is plotted as gray, more than 3 by the first 3.
+        titles: Titles of the rows.
+        title: Title of the figure.
+        captions: Short text above each image; None for no captions.
     """
     columns, space = max(row.shape[0] for row in rows), 0.16 if captions else 0.0
     left = max([0.05, *(0.2 + _inches(line) for text in titles if text for line in text.split("\n"))])
@@ -97,7 +97,7 @@ def plot_images(
 
 
 def _inches(line: str) -> float:
-    """Width of a line of text."""
+    """Width of a line of text in inches."""
     if not line.strip():
         return 0.0
     with warnings.catch_warnings():
@@ -106,10 +106,10 @@ def _inches(line: str) -> float:
 
 
 def _side_by_side(images: np.ndarray) -> tuple[np.ndarray, float]:
-    """Images 'b c h w' as one 'h w 3' with white between them, each an inch from the next; and its width in inches."""
+    """Join images 'b c h w' into one 'h w 3' with white gaps, one image per inch; also returns its width in inches."""
     pixels = np.asarray(images, float).transpose(0, 2, 3, 1)
     pixels = pixels[..., :3] if pixels.shape[3] >= 3 else pixels[..., :1].repeat(3, 3)
-    repeats = -(-FINE // pixels.shape[2])  # of tiny images, beside which a gap of one pixel would be wide
+    repeats = -(-FINE // pixels.shape[2])  # next to tiny images, a gap of one pixel would be wide
     pixels = pixels.repeat(repeats, 1).repeat(repeats, 2)
     count, height, width, _ = pixels.shape
     gap = round(width * GAP / (1 - GAP))
@@ -119,11 +119,11 @@ def _side_by_side(images: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def overlay_heat(images: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Dim each image and overlay a map of numbers as colors from black to yellow: 'b 3 h w' in [0, 1].
+    """Dim each image and overlay a heat map in colors from black to yellow; returns 'b 3 h w' in [0, 1].
 
     Args:
-        images: images 'b c h w' in [0, 1].
-        heat: maps 'b rows cols', zero or more; each map's largest number becomes the brightest color.
+        images: Images 'b c h w' in [0, 1].
+        heat: Maps 'b rows cols' of values >= 0; each map's largest value gets the brightest color.
     """
     large = _upsample(heat, images)
     colors = colormaps["inferno"](large / np.maximum(large.max((1, 2), keepdims=True), 1e-12))[..., :3]
@@ -131,12 +131,12 @@ def overlay_heat(images: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def dim_outside(images: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
-    """Darken the images 'b c h w' outside of the patches 'b rows cols' that are kept."""
+    """Darken images 'b c h w' outside the kept patches 'b rows cols'."""
     return images * np.where(_upsample(is_kept, images), 1.0, 0.15)[:, None]
 
 
 def _upsample(maps: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Repeat each number of a map 'b rows cols' over the pixels of its patch."""
+    """Repeat each value of a map 'b rows cols' over the pixels of its patch."""
     rows, columns = (pixels // cells for pixels, cells in zip(images.shape[2:], maps.shape[1:], strict=True))
     return maps.repeat(rows, 1).repeat(columns, 2)
 
@@ -145,7 +145,7 @@ def plot_curves(
     path: str | Path, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str,
     title: str = "", mark: tuple[float, str] | None = None,
 ) -> Path:  # fmt: skip
-    """Plot one line per entry, name -> (x, y); `mark` is an x with its name, plotted as a dashed line."""
+    """Plot one line per entry, name -> (x, y); `mark` is an x position and its name, drawn as a dashed line."""
     figure = TextFigure(figsize=(6, 3.4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     artists: dict[str, Artist] = {}
@@ -167,14 +167,14 @@ def plot_bars(
     path: str | Path, groups: Mapping[str, Mapping[str, float]], y_label: str, title: str = "",
     halves: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> Path:  # fmt: skip
-    """Plot grouped bars, group -> name -> height, each with its height on top; a missing one leaves a gap.
+    """Plot grouped bars, group -> name -> height, each labeled with its height; a missing bar leaves a gap.
 
     Args:
         path: PNG to write.
         groups: Heights of the bars.
-        y_label: Label of the heights.
+        y_label: Label of the y axis.
         title: Title of the figure.
-        halves: Half the width of each bar's interval, where it has one.
+        halves: Half the width of each bar's interval, if it has one.
     """
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     figure = TextFigure(figsize=(max(6.4, 1.1 * len(groups)), 3.4), dpi=120, layout="constrained")
@@ -195,13 +195,13 @@ def plot_bars(
     axes.set_ylabel(y_label)
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
-    columns = int((figure.get_figwidth() - 0.3) / (max(map(_inches, names)) + 0.7))  # with a patch of color each
+    columns = int((figure.get_figwidth() - 0.3) / (max(map(_inches, names)) + 0.7))  # name and patch of color
     add_legend(figure, artists, ncols=min(len(names), max(columns, 1)), loc="outside lower center")
     return _save(figure, path)
 
 
 def plot_points(path: str | Path, panels: dict[str, dict[str, list[list[float]]]], x_label: str) -> Path:
-    """Plot panels side by side, label -> group -> values at 1, 2, ...: a point for each value and a line of means."""
+    """Plot panels side by side, label -> group -> values at x = 1, 2, ...: a point per value and a line of means."""
     figure = TextFigure(figsize=(4.6 * len(panels), 3.4), dpi=120, layout="constrained")
     for number, (label, groups) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
@@ -219,7 +219,7 @@ def plot_points(path: str | Path, panels: dict[str, dict[str, list[list[float]]]
 
 
 def plot_ranges(path: str | Path, panels: dict[str, dict[str, list[float]]], y_label: str, title: str = "") -> Path:
-    """Plot panels side by side, label -> value -> numbers: a point for each, a line of means, a bar of ranges."""
+    """Plot panels side by side, label -> setting's value -> numbers: points, a line of means, and bars of ranges."""
     figure = TextFigure(figsize=(1.2 + 3.2 * len(panels), 3.4), dpi=120, layout="constrained")
     shared: Axes | None = None
     for number, (label, groups) in enumerate(panels.items()):
@@ -245,9 +245,9 @@ def plot_palette(path: str | Path, colors: np.ndarray, images: np.ndarray, quant
 
     Args:
         path: PNG to write.
-        colors: the palette, 'colors c' in [0, 1].
-        images: images 'b c h w' in [0, 1].
-        quantized: the same images in the palette's colors.
+        colors: The palette, 'colors c' in [0, 1].
+        images: Images 'b c h w' in [0, 1].
+        quantized: The same images in the palette's colors.
     """
     columns = min(len(colors), 32)
     rows = -(-len(colors) // columns)
@@ -269,7 +269,7 @@ def plot_palette(path: str | Path, colors: np.ndarray, images: np.ndarray, quant
 
 
 def _show(axes: Axes, pixels: np.ndarray) -> None:
-    """Plot one image 'h w c' in [0, 1] without ticks: 1 channel is gray, of more than 3 the first 3."""
+    """Plot one image 'h w c' in [0, 1] without ticks; 1 channel as gray, more than 3 by the first 3."""
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -278,7 +278,7 @@ def _show(axes: Axes, pixels: np.ndarray) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
-    """Write a file that is whole or absent; its suffix decides the format."""
+    """Write the figure atomically; the suffix determines the format."""
     path = Path(path)
     with new_file(path, sync=False) as temporary:
         figure.savefig(temporary, format=path.suffix.lstrip(".") or "png")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and text that is safe to print."""
+"""Atomic writing of files, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ REMEDIES = {
     errno.EISDIR: "It is a folder; give a file.",
 }
 WRITTEN_AS = {".png": "a picture is written as PNG", ".npz": "features are written as .npz"}  # by suffix
-MAX_PRINTED = 200  # characters of a name from a file in a message
-MAX_VALUE = 60  # characters of a value in a message
-_SHORT = reprlib.Repr()  # never looks at the whole of a large value
+MAX_PRINTED = 200  # most characters of untrusted text in a message
+MAX_VALUE = 60  # most characters of a value in a message
+_SHORT = reprlib.Repr()  # does not traverse the whole of a large value
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxlong = 3, 16, 16, 8, 40
 _SHORT.maxstring = _SHORT.maxother = MAX_VALUE
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
-    """JSON text that every reader takes: null stands for a number that is not finite, for which JSON has no word.
+    """Serialize to strict JSON, in which null replaces NaN and infinite numbers.
 
     Args:
-        content: dicts, lists and plain values.
-        indent: spaces per level; None for one line.
+        content: Dicts, lists and plain values.
+        indent: Spaces per level; None for one line.
     """
     return json.dumps(finite_or_null(content), indent=indent, allow_nan=False)
 
 
 def finite_or_null(content: Any) -> Any:
-    """The same with None for every number that is not finite, at any depth."""
+    """Replace NaN and infinite numbers by None at any depth."""
     if isinstance(content, dict):
         return {key: finite_or_null(item) for key, item in content.items()}
     if isinstance(content, (list, tuple)):
@@ -63,20 +63,20 @@ def finite_or_null(content: Any) -> Any:
 
 
 class WriteError(OSError):
-    """A file could not be written; the message names it, the reason and the remedy."""
+    """A file could not be written; the message gives its name, the reason and the remedy."""
 
 
 @contextmanager
 def new_file(path: str | Path, sync: bool = True, temporary: Path | None = None) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place when the block ends, or is removed if that fails.
+    """Yield a temporary file next to `path` that replaces `path` when the block ends, or is removed on an error.
 
     Args:
-        path: Destination; what is there before stays until the new file is whole.
-        sync: wait until the disk has it, so that it survives a power cut.
-        temporary: The file to write, for a path that one process writes; by default one of this process.
+        path: Destination; an earlier file is kept until the new one is complete.
+        sync: Wait until the file is on the disk, so that it survives a power failure.
+        temporary: The temporary file, if only one process writes to `path`; by default its name has the process id.
 
     Raises:
-        WriteError: the disk is full or cannot be written to.
+        WriteError: The disk is full or not writable.
     """
     path = Path(path)
     temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -85,13 +85,13 @@ def new_file(path: str | Path, sync: bool = True, temporary: Path | None = None)
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        os.chmod(temporary, mode)  # some writers make files that only their owner may read
+        os.chmod(temporary, mode)  # some writers create files that only their owner may read
         if sync:
             _sync(temporary)
         os.replace(temporary, path)
         if sync:
             _sync(path.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors raise their own on a full disk
         temporary.unlink(missing_ok=True)
         if isinstance(error, WriteError) or not is_disk_error(error):
             raise
@@ -102,17 +102,17 @@ def new_file(path: str | Path, sync: bool = True, temporary: Path | None = None)
 
 
 def write_atomically(path: str | Path, content: str | bytes, sync: bool = True) -> None:
-    """Write a small file whole or not at all.
+    """Write a small file atomically.
 
     Raises:
-        WriteError: the disk is full or cannot be written to; what was there before stays.
+        WriteError: The disk is full or not writable; an earlier file is kept.
     """
     with new_file(path, sync) as temporary:
         temporary.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
 
 
 def remove_stale_temporaries(path: str | Path) -> None:
-    """Remove what new_file left beside a path in processes of this machine that were killed."""
+    """Remove temporary files of `new_file` next to a path that killed processes on this machine left behind."""
     path = Path(path)
     for temporary in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
         number = temporary.name.removeprefix(f"{path.name}.").removesuffix(".part")
@@ -121,7 +121,7 @@ def remove_stale_temporaries(path: str | Path) -> None:
 
 
 def check_new(path: str | Path | None, suffix: str | None = None) -> None:
-    """Refuse, before any work, a file that could not be written, would replace another, or has not this suffix."""
+    """Raise before any work if a file exists already, could not be written, or does not have the suffix."""
     if path is None:
         return
     if suffix is not None and Path(path).suffix != suffix:
@@ -139,18 +139,18 @@ check_new_arrays = partial(check_new, suffix=".npz")
 
 
 def is_running(process: int) -> bool:
-    """Whether there is a process of this number on this machine, whoever's it is."""
+    """Whether a process with this id is running on this machine, owned by any user."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # somebody else's, or no process at all
+    except (PermissionError, OverflowError):  # another user's process, or an id out of range
         return True
     return True
 
 
 def write_error(path: str | Path, error: BaseException) -> WriteError:
-    """The error for a file that could not be written, with its name and the remedy."""
+    """Make the error for a file that could not be written, with its name and the remedy."""
     number = error.errno if isinstance(error, OSError) else errno.ENOSPC if "os error 28" in str(error) else None
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0][:120]
     remedy = REMEDIES.get(number or 0, "Check the disk and its permissions.")
@@ -158,7 +158,7 @@ def write_error(path: str | Path, error: BaseException) -> WriteError:
 
 
 def explain_os_error(error: OSError) -> str | None:
-    """An error of the operating system in one line with file and remedy; None for one that has words of its own."""
+    """Describe an operating system error in one line with file and remedy; None if it has a message of its own."""
     if error.errno is None or error.strerror is None:
         return None
     name = f"{printable(error.filename)}: " if error.filename is not None else ""
@@ -167,14 +167,14 @@ def explain_os_error(error: OSError) -> str | None:
 
 
 def printable(text: object, limit: int = MAX_PRINTED) -> str:
-    """Text from a file as one line of a message: control and bidirectional characters and bad bytes escaped, cut."""
-    start = str(text)[: limit + 1]  # of what may be far longer
+    """Make untrusted text one line: escape control and bidirectional characters and invalid bytes, and truncate it."""
+    start = str(text)[: limit + 1]  # the text may be far longer
     line = "".join(character if character.isprintable() else _escaped(character) for character in start)
     return line if len(line) <= limit else f"{line[: limit - 4]} ..."
 
 
 def bytes_text(count: float) -> str:
-    """A number of bytes in the unit that leaves few digits: 900 bytes, 12.5 KB (of 1,024 bytes), 3.4 MB, 1.2 GB."""
+    """Format a number of bytes with a suitable unit: 900 bytes, 12.5 KB (of 1,024 bytes), 3.4 MB, 1.2 GB."""
     if count < 1000:
         return f"{count:,.0f} bytes"
     for unit, size in (("KB", 2**10), ("MB", 2**20)):
@@ -184,27 +184,27 @@ def bytes_text(count: float) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """A number of things in words: 1 step, 2,000 steps, 1 pass, 2 passes."""
+    """Format a count with its noun: 1 step, 2,000 steps, 1 pass, 2 passes."""
     plural = what if count == 1 else f"{what}es" if what.endswith("s") else f"{what}s"
     return f"{count:,} {plural}"
 
 
 def brief(value: object) -> str:
-    """A value in a message: one line, and short however large the value is."""
+    """Format a value for a message: one short line, however large the value is."""
     text = value[: 2 * MAX_VALUE] if isinstance(value, str) else _SHORT.repr(value)
     return printable(text, MAX_VALUE)
 
 
 def quoted(value: object) -> str:
-    """The same, where text stands in quotes."""
+    """Like `brief`, but with quotes around strings."""
     return f"'{brief(value)}'" if isinstance(value, str) else brief(value)
 
 
 def expand_path(path: str | os.PathLike[str]) -> str:
-    """A path as a shell would read it: ~ and $HOME; addresses and commands stay as they are.
+    """Expand ~ and environment variables in a path, as a shell does; URLs and pipe: commands are left unchanged.
 
     Raises:
-        ValueError: there is no home folder.
+        ValueError: There is no home folder.
     """
     text = os.fspath(path)
     if "://" in text or text.startswith("pipe:"):
@@ -216,9 +216,9 @@ def expand_path(path: str | os.PathLike[str]) -> str:
 
 
 def cache_folder(path: str | Path) -> Path:
-    """A folder for what can be made again; without a home that can be written to, one in the temporary folder.
+    """Resolve a cache folder; without a writable home, use one in the temporary folder.
 
-    $XDG_CACHE_HOME stands for ~/.cache where it is set, as for other programs.
+    $XDG_CACHE_HOME replaces ~/.cache if it is set, as for other programs.
     """
     if os.environ.get("XDG_CACHE_HOME") and str(path).startswith("~/.cache/"):
         return Path(os.environ["XDG_CACHE_HOME"], str(path).removeprefix("~/.cache/"))
@@ -245,14 +245,14 @@ def _user_temporary_folder() -> str:
 
 
 def _existing(path: str) -> str:
-    """The nearest folder above that exists."""
+    """The path itself if it exists, otherwise its nearest parent that does."""
     while not os.path.exists(path):
         path = os.path.dirname(path) or "."
     return path
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether a write failed, and not the program that wrote."""
+    """Whether an error comes from the disk rather than from the program."""
     if isinstance(error, (OSError, SafetensorError)):
         return True
     return any(sign in str(error) for sign in ("PytorchStreamWriter", "No space left", "os error", "unexpected pos"))
@@ -260,7 +260,7 @@ def is_disk_error(error: BaseException) -> bool:
 
 def _escaped(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as Python keeps it in file names
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8 (surrogateescape)
         return f"\\x{code - 0xDC00:02x}"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 

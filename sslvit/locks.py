@@ -1,4 +1,4 @@
-"""Files and folders that one process locks; the system releases a lock even after kill -9."""
+"""Locks on files and folders; the system releases a lock even after kill -9."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from sslvit.files import printable
 
 logger = logging.getLogger(__name__)
-GLANCE = 0.3  # seconds in which whoever only asks for a lock (`is_locked`) has long let go of it
-_lock_handles: set[int] = set()  # handles of locks, which a forked process must not keep alive
+GLANCE = 0.3  # seconds to retry, since `is_locked` in another process takes the lock for a moment
+_lock_handles: set[int] = set()  # handles of locks, which a forked process must close
 
 
 @contextmanager
@@ -23,13 +23,13 @@ def lock_folder(folder: str | Path, doing: str, name: str = ".lock", wait_second
     """Lock a folder for this process while the block runs; the system releases the lock even after kill -9.
 
     Args:
-        folder: Folder, which is made if missing, and removed again if nothing was put there.
-        doing: what this process wants to do, for the message, as in "pack into it".
-        name: Name of the lock's file, which is deleted when the block ends.
-        wait_seconds: Time to wait for another process that may be ending.
+        folder: Folder, created if missing, and removed afterwards if it was created and is still empty.
+        doing: What this process is about to do, for the message, as in "pack into it".
+        name: Name of the lock file, which is deleted when the block ends.
+        wait_seconds: Time to wait for another process that may be about to end.
 
     Raises:
-        ValueError: another process has locked it.
+        ValueError: Another process has locked the folder.
     """
     path, started, is_reported = Path(folder) / name, time.monotonic(), False
     deadline = started + wait_seconds
@@ -49,23 +49,23 @@ def lock_folder(folder: str | Path, doing: str, name: str = ".lock", wait_second
         yield
     finally:
         _lock_handles.discard(handle)
-        path.unlink(missing_ok=True)  # while it is locked: whoever has opened it meanwhile sees that it is another file
+        path.unlink(missing_ok=True)  # while locked, so that a waiting process notices that its open file is gone
         if is_new:
             with suppress(OSError):
-                path.parent.rmdir()  # nothing was made there
+                path.parent.rmdir()  # fails if files were created there
         os.close(handle)
 
 
 @contextmanager
 def lock_file(path: str | Path, wait: bool = True) -> Iterator[int | None]:
-    """Lock a file while the block runs; it is deleted afterwards, and the system releases the lock after kill -9.
+    """Lock a file while the block runs, and delete it afterwards; the system releases the lock even after kill -9.
 
     Args:
-        path: A file for this purpose, in a folder that exists or can be made.
-        wait: Whether to wait for another process or thread that has the lock; otherwise the block gets None then.
+        path: A file used only as a lock, in a folder that exists or can be created.
+        wait: Whether to wait while another process or thread has the lock; if not, yield None.
 
     Yields:
-        A handle of the file, for a note to others.
+        A handle of the file, in which a note to others can be written.
     """
     while (handle := _try_lock(Path(path))) is None and wait:
         time.sleep(0.02)
@@ -77,20 +77,20 @@ def lock_file(path: str | Path, wait: bool = True) -> Iterator[int | None]:
         yield handle
     finally:
         _lock_handles.discard(handle)
-        with suppress(OSError):  # while it is locked: whoever has opened it meanwhile sees that it is another file
+        with suppress(OSError):  # while locked, so that a waiting process notices that its open file is gone
             os.unlink(path)
         os.close(handle)
 
 
 def is_locked(path: str | Path) -> bool:
-    """Whether another process or thread has locked a file; the file is neither made nor changed."""
+    """Whether another process or thread has locked a file; the file is neither created nor changed."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # it is deleted with its lock
+    except OSError:  # a lock file is deleted on release
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:  # others are of a file system without locks
+    except OSError as error:  # other errors mean that the file system has no locks
         return isinstance(error, BlockingIOError)
     finally:
         os.close(handle)
@@ -98,7 +98,7 @@ def is_locked(path: str | Path) -> bool:
 
 
 def _try_lock(path: Path) -> int | None:
-    """A handle with the lock; None while another process has it."""
+    """Try to take a lock; returns its handle, or None while another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:

@@ -1,7 +1,7 @@
-"""What the package says: log records as lines on the screen, and arguments in the words of who gave them.
+"""Messages of the package: log records printed as lines, with arguments written the way the user gave them.
 
-Messages name an argument as the command line does, --labels-per-class 5. Who calls from Python reads
-labels_per_class=5 in the same place.
+Messages are written with command-line options, such as --labels-per-class 5. When the package is called from Python,
+they are rewritten as Python arguments, labels_per_class=5.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# options without a value, which are on or off
+# boolean options, which take no value
 FLAGS = frozenset(
     {"allow-same-data", "baselines", "download", "json", "merge", "overwrite", "private", "quiet", "resume", "scratch"}
 )
@@ -27,13 +27,13 @@ OPTION = re.compile(
     r"""(?P<value>[ ](?:'[^']*'|\[[^]]*\]|[A-Z]{2,}(?:\s[A-Z]{2,})*\b|[NX]\b|(?:true|false|none)\b"""
     r"""|-?\d\S*?(?=[:,;.)]*(?:\s|$))|(?!\()\S*[^\s:,;.)](?=[:,;.)]+(?:\s|$)|$)))?"""
 )
-SHELL = re.compile(r"\b(?:sslvit [a-z]+|pip install|docker run)\b[^;:()]*$")  # a command, which is typed in any case
+SHELL = re.compile(r"\b(?:sslvit [a-z]+|pip install|docker run)\b[^;:()]*$")  # shell commands are not rewritten
 WORDS = {"true": "True", "false": "False", "none": "None"}
 _is_command_line = False
 
 
 def in_python(text: str) -> str:
-    """A message whose options are written as arguments of a Python call."""
+    """Rewrite the options in a message as arguments of a Python call."""
     return OPTION.sub(lambda found: found[0] if SHELL.search(text[: found.start()]) else _argument(found), text)
 
 
@@ -57,7 +57,7 @@ def _argument(found: re.Match[str]) -> str:
 
 
 def for_python(function: Callable[P, R]) -> Callable[P, R]:
-    """A decorator for what users call from Python: its errors are in their words, unless a command calls it."""
+    """Decorator for the Python API: rewrites options in error messages as Python arguments, except within a command."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -71,15 +71,15 @@ def for_python(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-BEFORE_MESSAGE: list[Callable[[], None]] = []  # what makes room on the screen
+BEFORE_MESSAGE: list[Callable[[], None]] = []  # called before each message, such as to erase progress bars
 
 
 class MessageHandler(logging.Handler):
-    """Prints the message alone; warnings say so, and errors go to stderr.
+    """Prints messages without level or name, except for a "warning: " prefix; errors go to stderr.
 
     Attributes:
-        to_stderr: Keep stdout free, for a command whose result there is JSON.
-        outlives_reader: Whether the work goes on, unheard, when whoever reads the messages has left.
+        to_stderr: Print everything on stderr, for a command that prints JSON on stdout.
+        outlives_reader: Whether work goes on without output when the reader of a pipe, such as head, has exited.
     """
 
     to_stderr = outlives_reader = False
@@ -93,7 +93,7 @@ class MessageHandler(logging.Handler):
             make_room()
         try:
             print(prefix + text, file=stream, flush=True)
-        except BrokenPipeError:  # head, for example, has enough
+        except BrokenPipeError:  # the reader, such as head, has exited
             if not self.outlives_reader:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -101,12 +101,12 @@ class MessageHandler(logging.Handler):
 
 @contextmanager
 def messages_of(is_quiet: bool, is_json: bool, outlives_reader: bool = False) -> Iterator[None]:
-    """While the block runs a command, options are called so; say warnings and errors only, or everything on stderr.
+    """Configure messages while the block runs a command: options as on the command line, level, and output stream.
 
     Args:
-        is_quiet: Warnings and errors only; progress bars are off, too.
-        is_json: stdout is for one JSON document.
-        outlives_reader: Go on, unheard, when whoever reads the messages has left.
+        is_quiet: Print only warnings and errors, and no progress bars.
+        is_json: Print messages on stderr, since stdout is for one JSON document.
+        outlives_reader: Go on without output when the reader of the messages has exited.
     """
     global _is_command_line
     was_command_line, _is_command_line = _is_command_line, True

@@ -1,7 +1,7 @@
-"""Few colors: 3 bits a channel, or the centers of clusters of pixels; nearest color and back.
+"""Color palettes: 3 bits per channel or k-means clusters of pixels, and conversion between pixels and indices.
 
-iGPT (Chen et al. 2020), section 3.2: a 9-bit palette makes the sequence three times shorter than red, green and
-blue in turn. Colors live in [-1, 1].
+iGPT (Chen et al. 2020), section 3.2: with a 9-bit palette, sequences are three times shorter than with separate red,
+green and blue values. Colors are in [-1, 1].
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_PIXELS = 2048  # pixels whose distances to all colors fit into a processor's cache
-LEVELS = 8  # of each channel of a uniform palette: 3 bits
-MAX_ROUNDS = 100  # of k-means at most
+CHUNK_PIXELS = 2048  # pixels whose distances to all colors fit into the CPU's cache
+LEVELS = 8  # per channel of a uniform palette: 3 bits
+MAX_ROUNDS = 100  # of k-means
 
 
 def uniform_palette(channels: int = 3) -> Float[Tensor, "colors c"]:
@@ -29,19 +29,19 @@ def nearest_color(images: Float[Tensor, "b c h w"], palette: Float[Tensor, "colo
     """Index of the nearest color by squared distance; the lowest index on ties.
 
     Args:
-        images: colors in [-1, 1].
-        palette: colors in [-1, 1].
+        images: Colors in [-1, 1].
+        palette: Colors in [-1, 1].
     """
     pixels = rearrange(images, "b c h w -> (b h w) c")
     return nearest_rows(pixels, palette).view(images.shape[0], *images.shape[2:])
 
 
 def nearest_rows(pixels: Float[Tensor, "n c"], palette: Float[Tensor, "colors c"]) -> Int[Tensor, "n"]:
-    """nearest_color for single pixels."""
+    """`nearest_color` for a list of pixels."""
     pixels, palette = pixels.float(), palette.float()
     # the smallest |x - c|^2 is the largest x.c - |c|^2 / 2: |x|^2 is the same for every color
     offset = -palette.square().sum(1) / 2
-    if torch.compiler.is_exporting():  # the number of chunks would be a constant of the program
+    if torch.compiler.is_exporting():  # a loop would fix the number of chunks in the exported program
         return torch.addmm(offset, pixels, palette.T).argmax(1)
     chunk = CHUNK_PIXELS if pixels.device.type == "cpu" else 2**20 // max(len(palette) // 512, 1)
     indices = torch.empty(len(pixels), dtype=torch.long, device=pixels.device)
@@ -56,7 +56,7 @@ def _scores(
 ) -> Float[Tensor, "n colors"]:
     if pixels.device.type == "cpu":
         return torch.addmm(offset, pixels, palette.T)
-    # beside bf16 a GPU's matrix product may be of TF32, which cannot tell neighboring colors apart either
+    # a matrix product on a GPU may use TF32, which cannot tell neighboring colors apart either
     scores = torch.addcmul(offset, pixels[:, :1], palette[:, 0])
     for channel in range(1, pixels.shape[1]):
         scores.addcmul_(pixels[:, channel : channel + 1], palette[:, channel])
@@ -77,19 +77,19 @@ def squared_error(pixels: Float[Tensor, "n c"], palette: Float[Tensor, "colors c
 def fit_palette(
     pixels: Float[Tensor, "n c"], colors: int, seed: int = 0, rounds: Iterable[int] = range(MAX_ROUNDS)
 ) -> Float[Tensor, "colors c"]:
-    """Centers of the pixels' clusters (k-means: Lloyd 1982, begun with k-means++), sorted by brightness.
+    """Fit a palette to pixels by k-means (Lloyd 1982, initialized by k-means++), sorted by brightness.
 
-    Ends when a round lowers the mean squared error by less than a ten-thousandth of it. A color without pixels moves
-    to one of the pixels that are worst served.
+    Stops when a round lowers the mean squared error by no more than a ten-thousandth. A color without pixels moves to
+    one of the pixels with the largest error.
 
     Args:
-        pixels: colors in [-1, 1].
+        pixels: Colors in [-1, 1].
         colors: Number of colors.
-        seed: Seed of the first centers.
-        rounds: At most so many rounds; a caller can track them.
+        seed: Seed of the initial centers.
+        rounds: Rounds to run at most, as an iterable that the caller can track.
 
     Raises:
-        ValueError: the pixels have fewer different colors.
+        ValueError: The pixels have fewer distinct colors.
     """
     distinct = torch.unique(pixels, dim=0)
     if len(distinct) < colors:
@@ -118,5 +118,5 @@ def fit_palette(
 
 
 def by_brightness(colors: Float[Tensor, "colors c"]) -> Float[Tensor, "colors c"]:
-    """The same colors from dark to light."""
+    """Sort colors from dark to light."""
     return colors[colors.sum(1).argsort(stable=True)]

@@ -1,4 +1,4 @@
-"""Models of pixels from Python: images sampled from them, and the likelihood of images under them."""
+"""Sampling from pixel models and measuring the likelihood of images, from Python."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def sample(
     device: Device = "auto",
     **settings: Unpack[SampleKeywords],
 ) -> SampledImages:
-    """Sample images from a model of pixels, or complete given ones.
+    """Sample images from a pixel model, or complete given ones.
 
     Args:
-        run: Run folder or checkpoint of an iGPT run, or a model of sslvit.tasks.released.load_igpt.
-        output: PNG file for a picture of them.
+        run: Run folder or checkpoint of an iGPT run, or a model from sslvit.tasks.released.load_igpt.
+        output: PNG file for a picture of the images.
         complete: Shards or a folder of images to complete.
-        given: Fraction of each image that is given, from the top; None for 0.5.
+        given: Fraction of each image to keep, from the top; None for 0.5.
         draws: Completions of each image; None for 3.
         count: Number of images; None for 16, or 8 to complete.
         device: auto, cpu or cuda.
@@ -54,8 +54,8 @@ def sample(
         The images as arrays in [0, 1], and the picture's path.
 
     Raises:
-        ValueError: Not a model of pixels, settings that do not fit, or a file that is there.
-        FileNotFoundError: No run there.
+        ValueError: Not a pixel model, invalid settings, or a file that exists already.
+        FileNotFoundError: The run does not exist.
 
     Example:
         made = sslvit.sample("runs/igpt", count=4)
@@ -93,22 +93,22 @@ def likelihood(
     device: Device = "auto",
     max_unreadable_fraction: float = 0.01,
 ) -> MeasureTable:
-    """Measure nats per pixel of an iGPT run, beside n-gram baselines.
+    """Measure nats per pixel of an iGPT run, next to n-gram baselines.
 
     Args:
-        run: Run folder or checkpoint of an iGPT run, or a model of sslvit.tasks.released.load_igpt.
-        train: Images that the baselines count colors on.
-        val: Images that are scored.
+        run: Run folder or checkpoint of an iGPT run, or a model from sslvit.tasks.released.load_igpt.
+        train: Images on which the baselines count colors.
+        val: Images to score.
         batch: Images per forward pass.
         device: auto, cpu or cuda.
-        max_unreadable_fraction: Fraction of a data set's images that may be unreadable.
+        max_unreadable_fraction: Largest tolerated fraction of unreadable images in a data set.
 
     Returns:
         The table.
 
     Raises:
-        ValueError: Not a model of pixels, or data that cannot be scored.
-        FileNotFoundError: No run or no images there.
+        ValueError: Not a pixel model, or data that cannot be scored.
+        FileNotFoundError: The run or the images do not exist.
 
     Example:
         table = sslvit.likelihood("runs/igpt", "shards/train", "shards/val")
@@ -134,6 +134,6 @@ def likelihood(
 
 
 def _pixel_model(run: str | os.PathLike[str] | IGPTModel, device: Device) -> IGPTModel:
-    """A model of pixels by name or as it is, on a device."""
+    """Load a pixel model, unless it is one already, and move it to a device."""
     model = run if isinstance(run, IGPTModel) else load_igpt(expand_path(os.fspath(run)))
     return model.to(pick_device(device))

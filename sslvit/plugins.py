@@ -1,8 +1,8 @@
-"""Code from outside the package: modules that the user names, and names that installed packages register.
+"""Plugins: modules that the user names, and entry points of installed packages.
 
-A file never decides what is imported. A module's code runs because somebody named it in the command or the program
-(`--plugin`, `sslvit.use_plugin`), or installed a package that registers it as an entry point; what a recipe, a run's
-config.yaml or an encoder.json says is looked up among these.
+A file never decides what is imported. A module is imported only if the user named it (`--plugin`,
+`sslvit.use_plugin`) or installed a package that registers it as an entry point. Names in a recipe, a run's
+config.yaml or an encoder.json are looked up among these.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from sslvit.files import brief, expand_path, printable
 from sslvit.messages import for_python
 
-# groups of entry points, by the setting or option whose value they add to
+# setting or option -> group of entry points that add values to it
 GROUPS = {
     "task.name": "sslvit.tasks", "data.view.kind": "sslvit.views", "encoder.tokens": "sslvit.tokenizers",
     "--format": "sslvit.exporters",
@@ -23,21 +23,21 @@ GROUPS = {
 
 
 class PluginNeeded(ValueError):
-    """A setting names code outside sslvit that nobody has allowed."""
+    """A setting names code outside sslvit that the user has not allowed."""
 
 
-_named: set[str] = set()  # modules that may be imported, with all below them
+_named: set[str] = set()  # modules that may be imported, including their submodules
 
 
 @for_python
 def use_plugin(module: str) -> None:
-    """Import a module, and let import paths in settings name what it holds: PACKAGE.MODULE:NAME.
+    """Import a module and allow settings to refer to its contents by import path, PACKAGE.MODULE:NAME.
 
     Args:
-        module: An importable module or package, or a .py file; several are separated by commas.
+        module: An importable module or package, or a .py file; separate several by commas.
 
     Raises:
-        ValueError: There is no such module, or its code fails.
+        ValueError: The module does not exist, or its code fails.
 
     Example:
         sslvit.use_plugin("docs/examples/simmim.py")
@@ -48,7 +48,7 @@ def use_plugin(module: str) -> None:
         try:
             name = one if file is None else _put_on_path(file)
             found = import_module(name)
-        except Exception as error:  # its code may raise anything
+        except Exception as error:  # the module's code may raise anything
             hint = " Is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
             reason = f"{type(error).__name__}: {printable(' '.join(str(error).split()), 200)}"
             raise ValueError(f"--plugin {printable(one)}: cannot be imported ({reason}).{hint}") from error
@@ -58,33 +58,33 @@ def use_plugin(module: str) -> None:
 
 
 def named_modules() -> list[str]:
-    """The modules that were named, for another process that runs on their behalf."""
+    """The modules that the user named, to pass on to child processes."""
     return sorted(_named)
 
 
 def _put_on_path(file: Path) -> str:
-    """Make a .py file importable; returns its name."""
+    """Make a .py file importable, and return its module name."""
     if not file.is_file():
         raise FileNotFoundError("no such file")
     if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))  # last, so that nothing beside it hides another module
+        sys.path.append(str(file.parent))  # last, so that files next to it hide no other module
     return file.stem
 
 
 def find_plugin(key: str, name: str) -> Any | None:
-    """What the value of a setting names outside the package; None for a name that no installed package registers.
+    """Look up a setting's value among plugins; None if no installed package registers the name.
 
     Args:
-        key: One of GROUPS.
+        key: A key of GROUPS.
         name: An import path (PACKAGE.MODULE:NAME), or the name of an entry point.
 
     Raises:
-        PluginNeeded: Nobody has allowed that module.
-        ValueError: It does not hold what is named.
+        PluginNeeded: The user has not allowed that module.
+        ValueError: The object cannot be imported.
     """
     if ":" in name:
         return _find_in_module(key, name)
-    from importlib.metadata import entry_points  # takes milliseconds that --help need not wait for
+    from importlib.metadata import entry_points  # slow to import, and not needed for --help
 
     for entry in entry_points(group=GROUPS[key], name=name):
         try:

@@ -1,4 +1,4 @@
-"""How far it is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress reports: a bar on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 FIRST_REPORT_SECONDS = 2.0
-MIN_INTERVAL_SECONDS, MAX_INTERVAL_SECONDS = 10.0, 60.0  # between two lines: a tenth of what it has taken so far
+MIN_INTERVAL_SECONDS, MAX_INTERVAL_SECONDS = 10.0, 60.0  # between lines: a tenth of the elapsed time, within these
 REDRAW_SECONDS = 0.2
 BAR_CELLS = 20
 
 
 class Counter:
-    """Units done so far.
+    """Counts finished units.
 
     Attributes:
-        done: Their number.
-        note: What is said behind it.
+        done: Number of finished units.
+        note: Text to show after the number.
     """
 
     def __init__(self, done: int = 0) -> None:
         self.done, self.note = done, ""
 
     def tick(self, units: int = 1) -> None:
-        """Count units that are done."""
+        """Add finished units."""
         self.done += units
 
 
 class Bar:
-    """One line of a terminal that is drawn anew: what is done, how far it is, and the time left.
+    """A progress bar on one line of the terminal, with a count and the remaining time.
 
-    Of bars within bars the innermost is drawn, behind what is done of those around it.
+    Of nested bars only the innermost is drawn, after the counts of those around it.
 
     Args:
         what: Name of the work.
-        total: Total number of units; None where nobody knows.
-        unit: What is counted.
-        done: Units that an earlier process has done.
+        total: Total number of units; None if unknown.
+        unit: Name of the units.
+        done: Units that an earlier process has finished.
         start: When the work began, by `time.monotonic`; None for now.
     """
 
@@ -62,7 +62,7 @@ class Bar:
         Bar.shown.append(self)
 
     def draw(self, done: int, note: str = "") -> None:
-        """Draw it, unless that was a moment ago."""
+        """Draw the bar, unless it was drawn a moment ago."""
         now = time.monotonic()
         bits = [count_in_words(done, self.total, self.unit), *([note] if note else [])]
         self.brief = f"{self.what}: {', '.join(bits)}"
@@ -82,13 +82,13 @@ class Bar:
         self.width = len(line)
 
     def erase(self) -> None:
-        """Make the line free for a message; the bar is drawn again when it next moves."""
+        """Clear the line for a message; the bar is drawn again at its next update."""
         if self.width and not self.is_left:
             write(f"\r{' ' * self.width}\r")
         self.width, self.drawn_at = 0, 0.0
 
     def close(self) -> None:
-        """Erase it for good."""
+        """Erase the bar for good."""
         self.erase()
         self.is_left = True
         if self in Bar.shown:
@@ -96,7 +96,7 @@ class Bar:
 
 
 def erase_bars() -> None:
-    """Make the terminal's line free, for a message."""
+    """Clear the terminal's line for a message."""
     for bar in Bar.shown:
         bar.erase()
 
@@ -105,58 +105,58 @@ BEFORE_MESSAGE.append(erase_bars)
 
 
 def leave_bars() -> None:
-    """Leave what is drawn as it stands and begin a line; none of these bars is drawn again."""
+    """Leave the drawn line in place and start a new one; the current bars are not drawn again."""
     if any(bar.width for bar in Bar.shown):
-        os.write(2, b"\n")  # from a handler of signals, which may interrupt a print
+        os.write(2, b"\n")  # signal handlers call this, possibly in the middle of a print
     for bar in Bar.shown:
         bar.is_left = True
 
 
 def write(text: str) -> None:
-    """Write to the terminal at once."""
+    """Write to the terminal and flush."""
     sys.stderr.write(text)
     sys.stderr.flush()
 
 
 def is_ascii() -> bool:
-    """Whether the terminal shows plain characters only."""
+    """Whether the terminal can only show ASCII."""
     encoding = (getattr(sys.stderr, "encoding", None) or "").lower().replace("-", "")
     return os.environ.get("TERM") == "dumb" or encoding != "utf8"
 
 
 def shows_bars() -> bool:
-    """Whether progress is a bar on a terminal; lines elsewhere."""
+    """Whether to show progress as a bar on a terminal instead of as lines."""
     return sys.stderr.isatty() and logger.isEnabledFor(logging.INFO) and is_first_process()
 
 
 def count_in_words(done: int, total: int | None, unit: str) -> str:
-    """What is done, of how much where that is known."""
+    """Format a count, with its total if that is known."""
     return f"{done:,} {unit}" if total is None else f"{min(done, total):,} of {total:,} {unit}"
 
 
 def time_left(start: float, now: float, first: int, done: int, total: int) -> list[str]:
-    """The time that the rest will take at the pace so far, in words; nothing where none is known."""
+    """Remaining time at the pace so far, as a list of one text; empty if unknown."""
     if done <= first or done >= total:
         return []
     return [f"{duration((total - done) * (now - start) / (done - first))} left"]
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words."""
+    """Format a number of seconds."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def track(items: Iterable[Item], what: str, total: int, unit: str = "images", each: int = 1) -> Iterator[Item]:
-    """Yield the items and say how far it is, once it has taken two seconds.
+    """Yield the items and report progress, beginning after two seconds.
 
     Args:
-        items: Items to go through.
+        items: Items to iterate over.
         what: Name of the work, as in "packing".
         total: Total number of units.
-        unit: what is counted.
-        each: units per item; the last one may have less.
+        unit: Name of the units.
+        each: Units per item; the last item may have fewer.
     """
     with track_counter(what, total, unit) as counter:
         for item in items:
@@ -168,13 +168,13 @@ def track(items: Iterable[Item], what: str, total: int, unit: str = "images", ea
 def track_counter(
     what: str, total: int | None, unit: str = "images", done: Callable[[], int] | None = None
 ) -> Iterator[Counter]:
-    """Say how far it is while the block runs, from a thread of its own.
+    """Report progress from a background thread while the block runs.
 
     Args:
         what: Name of the work.
-        total: Total number of units; None where nobody knows, and then nothing is said before the first is done.
-        unit: what is counted.
-        done: Returns the number of units done; None to count the ticks of the yielded counter.
+        total: Total number of units. None if unknown; then reports begin when the first unit is done.
+        unit: Name of the units.
+        done: Returns the number of finished units; None to use the yielded counter.
     """
     counter, finished = Counter(), threading.Event()
     read = done or (lambda: counter.done)
@@ -187,7 +187,7 @@ def track_counter(
         thread.join()
 
 
-_trackers = [0]  # blocks around what goes on
+_trackers = [0]  # number of active progress reports; nested ones print fewer lines
 
 
 def _report(
@@ -221,12 +221,12 @@ def _report(
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """While the block runs, libraries that load models show no bars and no reports of theirs among our output."""
+    """Silence progress bars and reports of libraries that load models while the block runs."""
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "timm")]
     levels = [logger.level for logger in loggers]
     had_bars = {}
     for name in ("transformers.utils.logging", "huggingface_hub.utils"):
-        module = sys.modules.get(name)  # one that is not imported shows nothing
+        module = sys.modules.get(name)  # a library that is not imported prints nothing
         if module is not None:
             is_transformers = name.startswith("transformers")
             had_bars[name] = (

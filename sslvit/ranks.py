@@ -1,4 +1,4 @@
-"""What all ranks of a run know together; with one process, what it knows alone."""
+"""Collective operations over the ranks of a run; with a single process they return their input."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-GLOO_PAUSE = 0.3  # seconds that its threads have to let go of the last tensors, which takes them microseconds
+GLOO_PAUSE = 0.3  # seconds for gloo's threads to release the last tensors, which takes them microseconds
 
 
 def is_distributed() -> bool:
-    """Whether several processes have joined a group."""
+    """Whether this process has joined a process group."""
     return distributed.is_available() and distributed.is_initialized()
 
 
@@ -27,7 +27,7 @@ def world_size() -> int:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, on each of them."""
+    """Sum a tensor over all ranks; every rank gets the result."""
     if is_distributed():
         home = values.device
         values = values.clone().to(_exchange_device(values))
@@ -37,7 +37,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def logsumexp_over_ranks(values: Tensor) -> Tensor:
-    """log(sum(exp(values))) over all ranks, place by place, on each of them."""
+    """Elementwise log(sum(exp(values))) over all ranks; every rank gets the result."""
     if not is_distributed():
         return values
     largest = values.clone()
@@ -46,7 +46,7 @@ def logsumexp_over_ranks(values: Tensor) -> Tensor:
 
 
 def all_gather(values: Tensor) -> Tensor:
-    """Equally long tensors of all ranks, one after the other, on each of them."""
+    """Concatenate the tensors of all ranks, which have equal shapes; every rank gets the result."""
     if not is_distributed():
         return values
     home = values.device
@@ -57,24 +57,24 @@ def all_gather(values: Tensor) -> Tensor:
 
 
 def _exchange_device(values: Tensor) -> torch.device:
-    """Where the backend can exchange a tensor: NCCL knows GPUs only."""
+    """Device on which the backend can exchange a tensor: NCCL supports only GPUs."""
     if distributed.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return values.device
 
 
 def rank() -> int:
-    """Number of this process, from zero."""
+    """Rank of this process, from zero."""
     return distributed.get_rank() if is_distributed() else 0
 
 
 def is_first_rank() -> bool:
-    """Whether this is the process that speaks for all."""
+    """Whether this is rank 0, which prints and writes for all."""
     return rank() == 0
 
 
 def broadcast_from_rank0(value: Any) -> Any:
-    """The first rank's value, on each of them."""
+    """Return rank 0's value on every rank."""
     if not is_distributed():
         return value
     said = [value]
@@ -83,7 +83,7 @@ def broadcast_from_rank0(value: Any) -> Any:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks in rank order, on each of them."""
+    """Gather the values of all ranks in rank order; every rank gets the list."""
     if not is_distributed():
         return [value]
     said: list[Any] = [None] * world_size()
@@ -93,10 +93,10 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 @contextmanager
 def ending_groups() -> Iterator[None]:
-    """End the gloo groups that are joined inside, with their threads.
+    """Destroy a gloo process group that was created in the block, and end its threads.
 
-    A thread that still lets go of the tensors of the last exchange while the interpreter ends would abort the process
-    ("terminate called without an active exception"). NCCL's groups are ended by Lightning.
+    A thread that is still releasing tensors of the last exchange while the interpreter exits would abort the process
+    ("terminate called without an active exception"). Lightning destroys NCCL groups.
     """
     had_joined = is_distributed()
     try:
@@ -104,22 +104,22 @@ def ending_groups() -> Iterator[None]:
     finally:
         if is_distributed() and not had_joined and distributed.get_backend() == "gloo":
             distributed.destroy_process_group()
-            gc.collect()  # what still holds the group in a cycle: its threads end with it
-            time.sleep(GLOO_PAUSE)  # torch never lets go of the group of a DTensor
+            gc.collect()  # frees reference cycles that contain the group, so that its threads end
+            time.sleep(GLOO_PAUSE)  # torch never releases the group of a DTensor
 
 
 @contextmanager
 def all_ranks() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did; the first one speaks for all.
+    """Join the processes that torchrun started, if any; only rank 0 prints.
 
-    Tensors are exchanged on the CPU. The others may wait for long while the first one works alone.
+    Tensors are exchanged on the CPU. The timeout is long because other ranks may have to wait while rank 0 works alone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)  # else every rank's pinned memory and events would be of the first GPU
+        torch.cuda.set_device(local_rank)  # otherwise all ranks would use the first GPU for pinned memory
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
     with open(os.devnull, "w") as nowhere:
         try:

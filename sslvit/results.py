@@ -1,4 +1,4 @@
-"""What a call from Python gives back: text in a terminal, a table in a notebook, plain values for programs."""
+"""Results of the Python API: text in a terminal, a table in a notebook, plain values for programs."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 
 from sslvit.files import printable
 
-NUMBERS = ("-", "–", "nan", "inf")  # with what a cell of numbers begins that does not begin with a digit
-MAX_CHARACTERS = 10_000  # largest length of an untrusted text in a table or a page
+NUMBERS = ("-", "–", "nan", "inf")  # beginnings of numeric cells, besides digits
+MAX_CHARACTERS = 10_000  # largest length of untrusted text in a table or a page
 
 
-FAR_OFF = 1e6  # from which on decimals say nothing
+FAR_OFF = 1e6  # values from here on are printed without decimals
 
 
 class Result:
-    """A result that shows itself as the command prints it.
+    """Base class of results, which print like the output of the command.
 
-    Its classes are dataclasses, made with repr=False.
+    Subclasses are dataclasses with repr=False.
     """
 
     def text(self) -> str:
-        """What the command prints."""
+        """The text that the command prints."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        """What the command prints with --json."""
+        """The content that the command prints with --json."""
         raise NotImplementedError
 
     def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
-        """The titles and rows of its table in a notebook; names and values unless a class has a table of its own."""
+        """Titles and rows of the table shown in a notebook; by default the names and values of `to_dict`."""
         return ("", ""), self.to_dict().items()
 
     def __repr__(self) -> str:
@@ -41,12 +41,12 @@ class Result:
 
 
 def decimals(value: float, places: int = 4) -> str:
-    """A number with so many decimals, or two digits of one that has gone far off."""
+    """Format a number with a fixed number of decimals, or with two digits if it is huge."""
     return f"{value:.{places}f}" if abs(value) < FAR_OFF or value != value else f"{value:.2g}"
 
 
 def text_table(titles: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A table in plain text, its untrusted cells made printable; columns of numbers are aligned to the right."""
+    """Format a plain-text table; cells are made printable, and columns of numbers are right-aligned."""
     lines = [[printable(cell) for cell in line] for line in (titles, *rows)]
     columns = []
     for title, *cells in zip(*lines, strict=True):
@@ -57,12 +57,12 @@ def text_table(titles: Sequence[object], rows: Iterable[Sequence[object]]) -> st
 
 
 def html_text(text: object) -> str:
-    """Untrusted text for a page."""
+    """Escape untrusted text for HTML."""
     return html.escape(printable(text, MAX_CHARACTERS))
 
 
 def html_table(titles: Sequence[object], rows: Iterable[Sequence[object]], changed: Container[int] = ()) -> str:
-    """A plain table for a page or a notebook, its untrusted cells escaped; `changed` are the numbers of marked rows."""
+    """Format an HTML table with escaped cells; `changed` contains the indices of rows to highlight."""
     head = "".join(f"<th>{html_text(title)}</th>" for title in titles)
     lines = []
     for number, row in enumerate(rows):

@@ -1,7 +1,7 @@
-"""Counter-based random numbers: the same key gives the same numbers on any rank, worker or resume.
+"""Counter-based random numbers: the same key gives the same numbers on any rank, in any worker and after a resume.
 
-A stream of random numbers would have to be saved, and its position depends on who drew before. Here every draw
-names its key (seed, step or epoch, purpose), and any row of an endless table can be had without the others.
+The state of a sequential generator would have to be saved, and it depends on all earlier draws. Here every draw has a
+key (seed, step or epoch, purpose), and any row of an endless table can be computed without the others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-if TYPE_CHECKING:  # settings and plans draw without torch
+if TYPE_CHECKING:  # settings and plans use this module without torch
     from torch import Tensor
 
 GOLDEN_RATIO = 0x9E3779B97F4A7C15 - 2**64  # as int64: torch has no products of uint64
@@ -24,14 +24,14 @@ Cells = TypeVar("Cells", np.ndarray, "Tensor")
 
 
 def generator(*key: int | str) -> np.random.Generator:
-    """A generator that only its key decides; strings name the purpose of a draw."""
+    """A NumPy generator determined by its key alone; strings name the purpose of a draw."""
     return np.random.Generator(np.random.Philox(_sequence(key)))
 
 
 @contextmanager
 def torch_seeded(*key: int | str) -> Iterator[None]:
-    """torch's generator on the CPU, set by a key for a while: torchvision's transforms draw from nothing else."""
-    import torch  # settings and plans draw without it
+    """Seed torch's CPU generator by a key while the block runs; torchvision's transforms use no other generator."""
+    import torch  # not at the top: settings and plans use this module without torch
 
     before = torch.default_generator.get_state()
     torch.default_generator.manual_seed(int(generator(*key).integers(2**62)))
@@ -43,8 +43,8 @@ def torch_seeded(*key: int | str) -> Iterator[None]:
 
 @contextmanager
 def all_seeded(*key: int | str) -> Iterator[None]:
-    """torch's generator on the CPU, numpy's and Python's, set by a key for a while: others' code draws from them."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 the one that others draw from
+    """Seed the global generators of torch (CPU), NumPy and Python by a key while third-party code runs."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 third-party code uses the global one
     seeds = generator(*key, "others").integers(2**32, size=2).tolist()
     random.seed(seeds[0])
     np.random.seed(seeds[1])  # noqa: NPY002
@@ -57,22 +57,22 @@ def all_seeded(*key: int | str) -> Iterator[None]:
 
 
 def seed_torch(*key: int | str) -> None:
-    """Set torch's generators on all devices by a key. Dropout draws from them, and nothing else in a training step."""
-    import torch  # settings and plans draw without it
+    """Seed torch's generators on all devices by a key. In a training step, only dropout uses them."""
+    import torch  # not at the top: settings and plans use this module without torch
 
     torch.manual_seed(int(generator(*key).integers(2**62)))
 
 
 def uniform(key: tuple[int | str, ...], rows: np.ndarray, columns: int) -> np.ndarray:
-    """The given rows of an endless table of uniform numbers in [0, 1).
+    """Compute the given rows of an endless table of uniform numbers in [0, 1).
 
-    Each cell is the output of SplitMix64 (Steele et al. 2014) at the cell's place in one long sequence, so the
-    cost is that of the rows asked for.
+    Each cell is the output of SplitMix64 (Steele et al. 2014) at the cell's position in one long sequence, so only the
+    requested rows are computed.
 
     Args:
-        key: seed, epoch or step, purpose.
-        rows: row numbers, below 2**44, in any order.
-        columns: numbers per row.
+        key: Seed, epoch or step, and purpose.
+        rows: Row numbers below 2**44, in any order.
+        columns: Numbers per row.
 
     Returns:
         float64, (len(rows), columns).
@@ -82,10 +82,10 @@ def uniform(key: tuple[int | str, ...], rows: np.ndarray, columns: int) -> np.nd
 
 
 def uniform_on(key: tuple[int | str, ...], rows: Tensor, columns: int) -> Tensor:
-    """The same numbers as `uniform`, made on the device of `rows`, so that nothing has to be sent there.
+    """Compute the same numbers as `uniform` on the device of `rows`, without a transfer from the host.
 
     Args:
-        key: As of `uniform`.
+        key: As in `uniform`.
         rows: Row numbers, int64, 'b'.
         columns: Numbers per row.
 
@@ -99,7 +99,7 @@ def uniform_on(key: tuple[int | str, ...], rows: Tensor, columns: int) -> Tensor
 
 
 def _split_mix(key: tuple[int | str, ...], cells: Cells, columns: int) -> Cells:
-    """53 random bits for each cell of a key's table, int64; products wrap around, as those of uint64 would."""
+    """53 random bits for each cell of a key's table as int64; products wrap around as with uint64."""
     if columns > MAX_COLUMNS:
         raise ValueError(f"{columns} columns are more than a row of this table has ({MAX_COLUMNS}).")
     mixed = cells * GOLDEN_RATIO + int(_sequence(key).generate_state(1, np.uint64).view(np.int64)[0])
@@ -109,7 +109,7 @@ def _split_mix(key: tuple[int | str, ...], cells: Cells, columns: int) -> Cells:
 
 
 def _shifted(values: Cells, bits: int) -> Cells:
-    """Shifted to the right with zeros coming in: that of int64 would repeat the sign."""
+    """Logical shift to the right; the >> of int64 would repeat the sign bit."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 

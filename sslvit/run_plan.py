@@ -1,4 +1,4 @@
-"""The numbers that a run is built around, computed once from its settings and its data set."""
+"""The basic numbers of a run, computed once from its settings and its data set."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from sslvit.settings.run import TrainSettings
 
 @dataclass(frozen=True)
 class RunPlan:
-    """How many steps, how large, on how many ranks. Everything that is built for a run takes this one record.
+    """Number of steps, batch sizes and ranks of a run; all parts of the run use this record.
 
     Args:
         total_steps: Number of optimizer steps in the run.
         steps_per_epoch: Number of optimizer steps in one pass over the data.
         global_batch_size: Images per optimizer step, over all ranks and micro-batches.
-        micro_batch_size: Images per forward pass on one rank; null for the rank's whole part of the global batch.
+        micro_batch_size: Images per forward pass on one rank; None for the rank's whole share of the global batch.
         ranks: Number of processes.
-        seed: Key of every random number.
+        seed: Seed of all random numbers.
 
     Raises:
-        ValueError: A global batch that the ranks, or a rank's part that the micro-batch, do not divide.
+        ValueError: The global batch is not a multiple of the ranks, or a rank's share not one of the micro-batch.
     """
 
     total_steps: int
@@ -35,10 +35,10 @@ class RunPlan:
 
     @classmethod
     def make(cls, train: TrainSettings, steps_per_epoch: int, global_batch_size: int, seed: int) -> RunPlan:
-        """The plan of a run whose epoch has `steps_per_epoch` steps; `auto` is the rank's whole part here.
+        """Make the plan of a run; the micro-batch size "auto" counts as the rank's whole share here.
 
         Raises:
-            ValueError: the length is still to be chosen, or the batch cannot be split.
+            ValueError: The length of the run is not chosen yet, or the batch cannot be split.
         """
         micro = None if train.micro_batch_size == "auto" else train.micro_batch_size
         if train.steps is None and train.epochs is None:
@@ -63,7 +63,7 @@ class RunPlan:
 
     @property
     def images_per_epoch(self) -> int:
-        """Images that one pass over the data trains on; what does not fill a batch is dropped."""
+        """Images used in one pass over the data; an incomplete last batch is dropped."""
         return self.steps_per_epoch * self.global_batch_size
 
 
@@ -71,7 +71,7 @@ def split_batch(global_batch_size: int, ranks: int, micro_batch_size: int | None
     """Images per forward pass on one rank, and forward passes per optimizer step.
 
     Raises:
-        ValueError: the ranks or the micro-batch do not divide the batch; the message names what would.
+        ValueError: The batch cannot be split evenly; the message suggests sizes that can.
     """
     if global_batch_size % ranks:
         near = round(global_batch_size / ranks) * ranks or ranks
@@ -91,5 +91,5 @@ def split_batch(global_batch_size: int, ranks: int, micro_batch_size: int | None
 
 
 def fitting_ranks(global_batch_size: int, most: int) -> list[int]:
-    """Numbers of ranks, up to `most`, that share a batch equally."""
+    """Numbers of ranks up to `most` that divide a batch evenly."""
     return [n for n in range(1, min(global_batch_size, most) + 1) if global_batch_size % n == 0]

@@ -1,4 +1,4 @@
-"""Segmentation by frozen patch tokens from Python, by names and paths as the command takes them."""
+"""Segmentation with frozen patch tokens from Python, with the same names and paths as on the command line."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from sslvit.settings.probe import Device, Precision
 
 @dataclass(repr=False)
 class SegmentationTable(Result):
-    """Scores of segmentations in percent.
+    """Segmentation scores in percent.
 
     Args:
         scores: Row -> mean IoU, pixel accuracy, and the IoU of each class.
-        about: What a reader needs to quote them.
-        figure: The picture of images, masks and predictions, if one was asked for.
+        about: Details needed to report the scores.
+        figure: Picture of images, masks and predictions, if requested.
     """
 
     scores: Scores
@@ -38,7 +38,7 @@ class SegmentationTable(Result):
     figure: Path | None = None
 
     def text(self) -> str:
-        """The table, with what a reader needs to quote it."""
+        """The table, with the details needed to report it."""
         about = self.about
         lines = [
             f"Percent on {about['val_images']:,} images of {about['val']} (maps fitted on {about['train_images']:,} of "
@@ -51,11 +51,11 @@ class SegmentationTable(Result):
         return "\n\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores, and what a reader needs to quote them."""
+        """The scores, and the details needed to report them."""
         return {"rows": self.scores, "about": self.about}
 
     def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
-        """The table's."""
+        """Titles and rows of the score table."""
         return score_cells(self.scores)
 
 
@@ -80,27 +80,28 @@ def segment(
     """Score patch tokens by linear segmentation: mean IoU.
 
     Args:
-        encoder: A vision transformer, or what `load_encoder` takes.
-        train: Folder with images/NAME.jpg and masks/NAME.png that the linear map is fitted on; a mask has one class
-            number per pixel, and 255 where there is no label.
-        val: Folder of the same kind that is scored.
+        encoder: A vision transformer, or anything that `load_encoder` accepts.
+        train: Folder with images/NAME.jpg and masks/NAME.png, used to fit the linear map. A mask has one class number
+            per pixel, and 255 for pixels without a label.
+        val: Folder of the same kind, used to compute the scores.
         batch: Images per forward pass.
         baselines: Also score raw pixels and the same architecture with untrained weights.
-        seed: Seed of the untrained weights and of the held-out images.
-        allow_same_data: Take the same images for both sets, whose scores say nothing of other images.
+        seed: Seed of the untrained weights and of the choice of held-out images.
+        allow_same_data: Allow the same images in both sets; the scores then say nothing about other images.
         figure: PNG file for images, masks and predictions.
-        workers: Number of loader processes; None for what suits the device.
+        workers: Number of loader processes; None to choose by the device.
         device: auto, cpu or cuda.
         precision: float32 or bf16.
-        crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
-        size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
+        crop_fraction: Side of the center crop as a fraction of the image's; None for the encoder's own.
+        size: Input size in pixels, 64 or "48x64"; None for the encoder's own.
 
     Returns:
         The table.
 
     Raises:
-        ValueError: Masks that do not fit, the same images twice, or an encoder without patch tokens.
-        FileNotFoundError: No encoder or no images there.
+        ValueError: Masks that do not match the images, the same images in both sets, or an encoder without patch
+            tokens.
+        FileNotFoundError: The encoder or the images do not exist.
 
     Example:
         table = sslvit.segment("runs/dino", "voc/train", "voc/val", figure="segments.png")

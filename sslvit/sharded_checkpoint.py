@@ -1,9 +1,9 @@
-"""Checkpoints whose tensors are spread over ranks: split into shards, written rank by rank, joined when read.
+"""Checkpoints of tensors that are sharded over ranks: each rank writes its shard, and reading joins them.
 
-    last.ckpt                           the manifest: the checkpoint, with a name and a shape for each such tensor
-    shards/FOLDER/rank-00000.pt, ...    the rows that each rank holds
+    last.ckpt                           manifest: the checkpoint with a name and a shape in place of each sharded tensor
+    shards/FOLDER/rank-00000.pt, ...    the rows of each rank
 
-A checkpoint of ranks that each hold everything is one file. Both are read by `read_checkpoint`, whatever wrote them.
+If every rank has all tensors, the checkpoint is a single file. `read_checkpoint` reads both kinds.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from sslvit.files import WriteError, new_file
 from sslvit.stopping import RankLost
 from sslvit.weight_files import ChecksumWriter, check_checksum, read_torch_file
 
-SHARD, SHARDS = "shard", "shards"  # keys of a manifest: what stands for a tensor; where the shards are
-FAILED = ".failed"  # beside a shard that could not be written: why
-READ_ATTEMPTS = 3  # for a checkpoint that is replaced meanwhile
+SHARD, SHARDS = "shard", "shards"  # keys of a manifest: a tensor's name; folder and number of the shards
+FAILED = ".failed"  # suffix of a file with the reason why a shard could not be written
+READ_ATTEMPTS = 3  # in case the checkpoint is replaced while it is read
 MAX_RANKS = 1 << 20
 
 
 def extract_local_shards(value: Any, shards: dict[str, Tensor], path: str = "") -> Any:
-    """The manifest of a checkpoint: a name and a shape stand for each tensor that is spread over ranks.
+    """Make the manifest of a checkpoint, in which a name and a shape replace each sharded tensor.
 
     Args:
         value: The checkpoint, or a value inside it.
-        shards: Receives the rows that this rank holds, by name.
-        path: Where the value stands in the checkpoint.
+        shards: Filled with this rank's rows of each tensor, by name.
+        path: Path of the value within the checkpoint.
     """
     if isinstance(value, DTensor):
         shards[path] = value.to_local().detach()
@@ -48,7 +48,7 @@ def extract_local_shards(value: Any, shards: dict[str, Tensor], path: str = "") 
 
 
 def shard_like(full: Tensor, like: DTensor) -> DTensor:
-    """This rank's shard of a tensor that every rank holds in full, split as another one is."""
+    """Shard a tensor that every rank has in full, in the same way as another one."""
     mesh = like.device_mesh
     chunks = full.chunk(mesh.size(), dim=0)  # as fully_shard splits
     rank = mesh.get_local_rank()
@@ -58,9 +58,9 @@ def shard_like(full: Tensor, like: DTensor) -> DTensor:
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path, last: Path | None = None) -> None:
-    """Write a file that is complete or absent.
+    """Write a checkpoint file atomically.
 
-    The temporary file has one name, so that the next writer, on any machine, writes over what a killed one has left.
+    The temporary file has a fixed name, so that the next writer, on any machine, overwrites what a killed process left.
 
     Args:
         checkpoint: The content.
@@ -68,12 +68,12 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, last: Path | None =
         last: The newest complete checkpoint, if that is another file.
 
     Raises:
-        RuntimeError: The disk is full or cannot be written to; the previous checkpoint is untouched.
+        RuntimeError: The disk is full or not writable; the previous checkpoint is untouched.
     """
     try:
         with new_file(path, temporary=path.with_suffix(".part")) as temporary, open(temporary, "wb") as file:
             writer = ChecksumWriter(file)
-            torch.save(checkpoint, writer)  # type: ignore[arg-type]  # it needs no more than write and flush
+            torch.save(checkpoint, writer)  # type: ignore[arg-type]  # it only needs write and flush
             writer.append_checksum()
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         before = "The checkpoint before it is whole" if (last or path).exists() else "There is none before it"
@@ -86,7 +86,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, last: Path | None =
 
 
 def write_shard(manifest: dict[str, Any], shards: dict[str, Tensor], path: Path, rank: int) -> None:
-    """Write the rows that one rank holds; on an error, also the reason for rank 0, which would wait in vain."""
+    """Write one rank's rows; on an error, also write the reason to a file for rank 0, which would wait in vain."""
     file = shard_file(manifest, path, rank)
     try:
         write_checkpoint({"global_step": manifest["global_step"], "tensors": shards}, file, path)
@@ -97,11 +97,11 @@ def write_shard(manifest: dict[str, Any], shards: dict[str, Tensor], path: Path,
 
 
 def wait_for_shards(manifest: dict[str, Any], path: Path, timeout_seconds: float, aborted: threading.Event) -> None:
-    """Wait until all ranks have written their shards, unless the run is aborted meanwhile.
+    """Wait until all ranks have written their shards, unless the run is aborted.
 
     Raises:
-        RankLost: A rank has not written its shard in that time.
-        RuntimeError: A rank could not write, or the run has ended.
+        RankLost: A rank has not written its shard in time.
+        RuntimeError: A rank could not write its shard, or the run has ended.
     """
     files = [shard_file(manifest, path, rank) for rank in range(manifest[SHARDS]["ranks"])]
     deadline = time.monotonic() + timeout_seconds
@@ -121,7 +121,7 @@ def wait_for_shards(manifest: dict[str, Any], path: Path, timeout_seconds: float
 
 
 def delete_orphaned_shards(folder: Path) -> None:
-    """Delete shards that no checkpoint in the folder names: those of deleted ones, and of half-written ones."""
+    """Delete shards that no checkpoint in the folder refers to, left from deleted or incomplete checkpoints."""
     if not (folder / SHARDS).is_dir():
         return
     named = set()
@@ -129,7 +129,7 @@ def delete_orphaned_shards(folder: Path) -> None:
         try:
             manifest = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             named |= {shards_folder(manifest, path)} if SHARDS in manifest else set()
-        except Exception:  # somebody's file, or one that is being copied: it may name any of them
+        except Exception:  # a foreign file, or one being copied, which may refer to any of the shards
             return
     for shards in (folder / SHARDS).iterdir():
         if shards not in named:
@@ -137,7 +137,7 @@ def delete_orphaned_shards(folder: Path) -> None:
 
 
 def shards_folder(manifest: dict[str, Any], path: Path) -> Path:
-    """The folder that a manifest's shards are in; it may be nowhere else."""
+    """Folder of a manifest's shards, which must be inside shards/."""
     name = str(manifest[SHARDS].get("folder"))
     if Path(name).name != name or name in ("", ".", ".."):
         raise ValueError(f"{path}: its shards are in {name}, which is outside its folder.")
@@ -145,25 +145,25 @@ def shards_folder(manifest: dict[str, Any], path: Path) -> Path:
 
 
 def shard_file(manifest: dict[str, Any], path: Path, rank: int) -> Path:
-    """The file of one rank."""
+    """The shard file of one rank."""
     return shards_folder(manifest, path) / f"rank-{rank:05d}.pt"
 
 
 def shard_files(manifest: dict[str, Any], path: Path) -> list[Path]:
-    """The shards of a checkpoint; FileNotFoundError if one is missing."""
+    """The shard files of a checkpoint; raises FileNotFoundError if one is missing."""
     ranks = manifest[SHARDS].get("ranks")
     if not isinstance(ranks, int) or not 0 < ranks < MAX_RANKS:
         raise ValueError(f"{path}: states {str(ranks)[:40]} shards. Is it damaged?")
     files = []
     for rank in range(ranks):
         files.append(shard_file(manifest, path, rank))
-        if not files[-1].exists():  # raised at the first, however many it promises
+        if not files[-1].exists():  # fail at the first, however many it claims
             raise FileNotFoundError(f"{files[-1]}: a shard of {path} is missing. Copy the folder {SHARDS}/ as well.")
     return files
 
 
 def join_shards(manifest: dict[str, Any], path: Path, mmap: bool = False, map_location: str = "cpu") -> dict[str, Any]:
-    """The complete checkpoint: each tensor's rows, rank by rank; arguments as of `read_torch_file`."""
+    """Join the shards of all ranks into the complete checkpoint; arguments as in `read_torch_file`."""
     shards = [read_torch_file(file, mmap, map_location) for file in shard_files(manifest, path)]
 
     def join(value: Any) -> Any:
@@ -184,13 +184,13 @@ def join_shards(manifest: dict[str, Any], path: Path, mmap: bool = False, map_lo
 
 
 def read_checkpoint(path: Path, mmap: bool = False, map_location: str = "cpu") -> dict[str, Any]:
-    """A checkpoint, sharded or not, or any file that `read_torch_file` reads; arguments as of that.
+    """Read a checkpoint, sharded or not, or any file that `read_torch_file` reads; arguments as in `read_torch_file`.
 
-    A running training may replace it meanwhile; then the newer one is read.
+    If a running training replaces the checkpoint meanwhile, the newer one is read.
 
     Raises:
         FileNotFoundError: The file or a shard is missing.
-        ValueError: A file is damaged, or holds more than numbers.
+        ValueError: A file is damaged, or contains objects other than weights.
     """
     for _ in range(READ_ATTEMPTS):
         content = read_torch_file(path, mmap, map_location)
@@ -205,7 +205,7 @@ def read_checkpoint(path: Path, mmap: bool = False, map_location: str = "cpu") -
 
 
 def check_checkpoint(path: Path) -> None:
-    """Compare the checksums of a checkpoint and of its shards with their bytes.
+    """Verify the checksums of a checkpoint and its shards.
 
     Raises:
         FileNotFoundError: A file is missing.

@@ -1,4 +1,4 @@
-"""Shards from Python: packed, checked, and palettes fitted on them, by names and paths as the commands take them."""
+"""Packing and checking shards and fitting palettes from Python, with names and paths as on the command line."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from sslvit.settings.pack import PackSettings, SourceOptions
 
 @dataclass(repr=False)
 class CheckedShards(Result):
-    """What a check of shards has found.
+    """Result of checking shards.
 
     Args:
         index: The shards.
-        found: What is damaged, corrupt, large or there twice.
-        near_duplicates: Groups of images that are nearly the same, if they were asked for.
-        files: What was written: "keep", the names of the images to keep, and "figure".
-        kept: Number of the images to keep, where they were written.
+        found: Damaged shards, corrupt and large images, and exact duplicates.
+        near_duplicates: Groups of nearly identical images, if requested.
+        files: Written files: "keep" with the names of the images to keep, and "figure".
+        kept: Number of images to keep, if their names were written.
     """
 
     index: ShardIndex
@@ -43,7 +43,7 @@ class CheckedShards(Result):
 
     @property
     def is_whole(self) -> bool:
-        """Whether every shard is as it was written and every image can be decoded."""
+        """Whether every shard is undamaged and every image can be decoded."""
         return self.found.is_whole
 
     def text(self) -> str:
@@ -55,7 +55,7 @@ class CheckedShards(Result):
         return "\n".join(lines + ([f"  {self.files['figure']}"] if "figure" in self.files else []))
 
     def to_dict(self) -> dict[str, Any]:
-        """What was found, images by their names."""
+        """The findings, with images by name."""
         found = self.found
         content = {
             "location": self.index.location, "is_whole": found.is_whole, "images": sum(found.modes.values()),
@@ -82,12 +82,12 @@ class CheckedShards(Result):
 
 @dataclass(repr=False)
 class Palette(Result):
-    """A palette that was fitted.
+    """A fitted palette.
 
     Args:
-        path: The JSON file, which encoder.palette takes.
-        figure: A picture of the palette, and of images in its colors.
-        content: What the file says.
+        path: The JSON file, for the setting encoder.palette.
+        figure: Picture of the palette, and of images in its colors.
+        content: Content of the JSON file.
     """
 
     path: Path
@@ -96,11 +96,11 @@ class Palette(Result):
 
     @property
     def colors(self) -> list[list[float]]:
-        """The colors, a value from -1 to 1 for each channel, from dark to light."""
+        """The colors from dark to light, one value in [-1, 1] per channel."""
         return self.content["colors"]
 
     def text(self) -> str:
-        """How well the palette fits, and how it is used."""
+        """The palette's error, and how to use the palette."""
         error, uniform = self.content["mean_squared_error"], self.content["mean_squared_error_uniform"]
         beside = f" (uniform palette: {uniform:.2e}, {uniform**0.5 * 127.5:.1f})" if uniform is not None else ""
         return (
@@ -110,7 +110,7 @@ class Palette(Result):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What the file says, and the paths."""
+        """Content and paths of the files."""
         return self.content | {"file": str(self.path), "figure": str(self.figure)}
 
     def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
@@ -136,19 +136,19 @@ def pack(
         source: Class folders, a flat folder, shards, a list (.csv, .tsv, .jsonl), an array (.npy, .npz), an IDX file,
             hf:NAME, torchvision:NAME, or a data set object, as in `pretrain`.
         destination: Folder for the shards.
-        holdout: Fraction of each class, its last images, that goes into destination/val; the rest goes into
+        holdout: Fraction of each class to write to destination/val, taken from its last images; the rest goes to
             destination/train.
-        part: "3/64" writes the third of 64 parts only, as one machine of several.
-        only: File with the names of the images that are taken from other shards, one a line.
+        part: "3/64" writes only the third of 64 parts, to pack on several machines.
+        only: File with the names of the images to take from existing shards, one per line.
         overwrite: Replace shards that are already there.
         workers: Number of processes; None for one per core.
         settings: Fields of `PackSettings` and `SourceOptions`, such as resize=256 or label_column="species".
 
     Returns:
-        The indices of the shards, with their folders and what was skipped.
+        The indices of the shards, with their folders and the skipped images.
 
     Raises:
-        ValueError: No images, shards that are already there, or settings that do not fit.
+        ValueError: No images, shards that are already there, or invalid settings.
 
     Example:
         packed = sslvit.pack("photos", "shards/photos", holdout=0.1)
@@ -181,20 +181,20 @@ def check(
     """Verify checksums and decode everything; with an encoder, also find near-duplicates.
 
     Args:
-        shards: Folder, pattern or address of shards.
-        near_duplicates: Encoder by whose features near-duplicates are found; None to leave that out.
-        threshold: Least cosine similarity of two near-duplicates.
-        against: Shards, or a data set, whose images must not be among these, such as a validation set.
+        shards: Folder, pattern or URL of shards.
+        near_duplicates: Encoder whose features are used to find near-duplicates; None to skip this.
+        threshold: Smallest cosine similarity of near-duplicates.
+        against: Shards or a data set whose images must not be in these shards, such as a validation set.
         write: File for the names of the images to keep, for `pack(..., only=)`.
         figure: PNG file for the largest groups.
         workers: Number of processes; None for one per core.
 
     Returns:
-        What was found.
+        The findings.
 
     Raises:
-        ValueError: Options that do not fit, or a file that is there.
-        FileNotFoundError: No shards or no encoder there.
+        ValueError: Invalid options, or a file that exists already.
+        FileNotFoundError: The shards or the encoder do not exist.
 
     Example:
         checked = sslvit.check("shards/photos/train", near_duplicates="runs/photos", against="shards/photos/val")
@@ -222,7 +222,7 @@ def check(
 
 
 def find_shards(name: str) -> ShardIndex:
-    """Shards by folder, pattern or address; those without an index are indexed, but no image folder is packed."""
+    """Open shards by folder, pattern or URL; shards without an index are indexed, but image folders are not packed."""
     folder = Path(name)
     has_shards = not folder.is_dir() or any(folder.glob("*.tar"))
     return open_shards(name) if has_shards else load_index(folder)
@@ -238,21 +238,21 @@ def fit_palette(
     image_size: int = 32,
     seed: int = 0,
 ) -> Palette:
-    """Fit a palette of few colors for pixel sequences on images.
+    """Fit a color palette to images, for encoders of pixel sequences (iGPT).
 
     Args:
         data: Shards, a folder of images or a data set, as in `pretrain`.
-        output: File for the palette, which ends in .json; a picture is written beside it.
+        output: File for the palette, with the suffix .json; a picture is written next to it.
         colors: Number of colors; None for 512, or 8 for gray images.
-        image_size: Side in pixels of the images that the encoder will see.
+        image_size: Side in pixels of the encoder's input images.
         seed: Seed of the fit.
 
     Returns:
         The palette and its errors.
 
     Raises:
-        ValueError: More colors than the images have, or a file that is there.
-        FileNotFoundError: No images there.
+        ValueError: More colors than the images have, or a file that exists already.
+        FileNotFoundError: The images do not exist.
 
     Example:
         palette = sslvit.fit_palette("shards/photos/train", "palette.json", colors=64)

@@ -1,4 +1,4 @@
-"""Ways in which a run ends before its last step, and the exit codes that tell a scheduler which one it was."""
+"""Stopping before the last step: signals, Ctrl-C, lost ranks, and the exit codes that schedulers see."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ CTRL_C = signal.SIGINT
 
 
 class Preempted(BaseException):
-    """A command was told to stop, and the same command can be given again; no library takes it for an error.
+    """A command received a signal to stop and can be run again; a BaseException, so that libraries do not catch it.
 
     Args:
-        message: what is kept.
+        message: What is kept.
 
     Attributes:
-        is_requeued: whether a scheduler was asked already, or must not be.
+        is_requeued: Whether the scheduler has been asked to requeue the job already, or must not be asked.
     """
 
     is_requeued = False
 
 
 class Interrupted(Preempted):
-    """The person at the keyboard stopped a training run by Ctrl-C; no scheduler is asked to start it again.
+    """The user stopped a training run by Ctrl-C; no scheduler is asked to requeue it.
 
     Args:
-        message: what is kept, and how to go on.
+        message: What is kept, and how to continue.
     """
 
     is_requeued = True
 
 
 class RankLost(Exception):
-    """Another rank no longer answers: its machine has stopped, or the network has. The run can be resumed."""
+    """Another rank no longer responds because its machine or the network is down; the run can be resumed."""
 
 
 class _Signals:
-    """What signals have asked of this process since the outermost block of those below began.
+    """Signals received since the outermost of the context managers below was entered.
 
     Attributes:
-        received: name of the first one.
-        has_raised: whether it has ended what went on, and did not leave that to a training run.
-        blocks: how many of these blocks lie around what runs now.
-        is_process_ending: whether the process ends with the outermost block.
+        received: Name of the first signal.
+        has_raised: Whether the signal raised an exception here, instead of being left to a training run.
+        blocks: Number of active context managers.
+        is_process_ending: Whether the process ends with the outermost one.
     """
 
     received: str | None = None
@@ -64,12 +64,12 @@ _signals = _Signals()
 
 
 def received_signal() -> str | None:
-    """Name of the signal that asked this process to stop, if one came."""
+    """Name of the signal that asked this process to stop, if any."""
     return _signals.received
 
 
 def note_signal(number: int) -> str:
-    """Remember that a signal came, and its name, for whoever handles signals after this run."""
+    """Record a signal for the handlers that follow this run, and return its name."""
     name = signal.Signals(number).name
     if _signals.blocks:
         _signals.received = _signals.received or name
@@ -77,48 +77,48 @@ def note_signal(number: int) -> str:
 
 
 def hears_ctrl_c() -> bool:
-    """Whether Ctrl-C is for this process: a shell starts what runs in the background without it."""
+    """Whether this process reacts to Ctrl-C; shells start background processes with it ignored."""
     return signal.getsignal(CTRL_C) is not signal.SIG_IGN
 
 
 def end_at_next_ctrl_c() -> None:
-    """Make the next Ctrl-C end whatever goes on, a computation that never returns to Python included.
+    """Make the next Ctrl-C end the process at once, even within a computation that does not return to Python.
 
-    torchrun hears the Ctrl-C of a terminal that its processes have heard, too, and passes it on to them: there all
-    further ones are ignored, and torchrun ends what does not end by itself.
+    Under torchrun, its processes get the Ctrl-C of a terminal twice, since torchrun passes it on to them. There all
+    further ones are ignored, and torchrun ends processes that do not end by themselves.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         signal.signal(CTRL_C, signal.SIG_IGN)
-    else:  # in a process that is not ours, such as a notebook's, an exception
+    else:  # an exception if the process goes on after the command, such as in a notebook
         signal.signal(CTRL_C, signal.SIG_DFL if _signals.is_process_ending else signal.default_int_handler)
 
 
 @contextmanager
 def stopping_at_once(message: str, is_kept: str = "") -> Iterator[None]:
-    """Within the block a signal to stop ends whatever goes on; a training run takes signals over with its first step.
+    """Make a signal to stop end the block at once; a training run handles signals itself from its first step on.
 
-    Only the first one does: those after it would end what the first one still lets finish, except by Ctrl-C. A library
-    may swallow an exception that comes out of nowhere; then whatever fails next counts as this.
+    Only the first signal does so, since later ones would interrupt the cleanup; Ctrl-C always does. If a library
+    swallows the exception, the next error in the block is treated as the signal.
 
     Args:
-        message: behind the name of the signal.
-        is_kept: behind "interrupted" after a Ctrl-C; by default the message.
+        message: Text after the name of the signal.
+        is_kept: Text after "interrupted" on Ctrl-C; by default the message.
 
     Raises:
-        Preempted: a signal came.
-        KeyboardInterrupt: it was a Ctrl-C.
+        Preempted: A signal was received.
+        KeyboardInterrupt: The signal was a Ctrl-C.
     """
     owner = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a forked process has nothing to say or to save
+        if os.getpid() != owner:  # a forked child has nothing to report or save
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         if number == CTRL_C:
             end_at_next_ctrl_c()
             if os.isatty(2):
-                os.write(2, b"\n")  # it shows ^C where the cursor was
+                os.write(2, b"\n")  # the terminal has printed ^C on the current line
         if number == CTRL_C or _signals.received is None:
             _signals.has_raised = True
             note_signal(number)
@@ -140,10 +140,10 @@ def stopping_at_once(message: str, is_kept: str = "") -> Iterator[None]:
 
 @contextmanager
 def finishing(is_process_ending: bool) -> Iterator[None]:
-    """Within the block a signal to stop is remembered and changes nothing; Ctrl-C ends the process without a word.
+    """Within the block, only record signals to stop; Ctrl-C ends the process without a message.
 
     Args:
-        is_process_ending: nothing comes behind the block, so it stays like that to the end of the process.
+        is_process_ending: Whether the process ends with the block; the handlers then stay in place.
     """
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -160,7 +160,7 @@ def finishing(is_process_ending: bool) -> Iterator[None]:
 
 @contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None], is_restored: bool = True) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
         yield
         return
     _signals.blocks += 1
@@ -177,12 +177,12 @@ def _handling(handler: Callable[[int, FrameType | None], None], is_restored: boo
 
 
 def obey_parent_alone(worker: int = 0) -> None:
-    """Make a process that loads data end when its parent says so, and not when all processes of a job are told to stop.
+    """Make a data loading process end on a signal from its parent, but not on one sent to all processes of a job.
 
-    SLURM tells each of them, a terminal does by Ctrl-C, and a run needs its batches until its checkpoint is written.
+    SLURM and Ctrl-C in a terminal signal every process, but a run needs batches until its checkpoint is written.
 
     Args:
-        worker: number of the process, as torch's DataLoader gives it.
+        worker: Number of the worker, passed by torch's DataLoader.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, CTRL_C))
     threading.Thread(target=_wait_for_parent, daemon=True).start()
@@ -195,13 +195,13 @@ def _wait_for_parent() -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks and writes for all: rank zero under every launcher that Lightning knows."""
+    """Whether this process prints and writes for all: rank zero under every launcher that Lightning supports."""
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
     return all(rank == "0" for rank in ranks)
 
 
 def requeue() -> None:
-    """Ask SLURM to run this job again, where it runs as a batch job; says so where that fails."""
+    """Ask SLURM to requeue this job if it is a batch job, and print the outcome."""
     job = os.environ.get("SLURM_JOB_ID", "")
     if not re.fullmatch(r"\d+", job) or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return

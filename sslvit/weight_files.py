@@ -1,7 +1,7 @@
-"""Files of weights -> named tensors, so that nothing in a file can run; the checksum that our checkpoints end in.
+"""Reading weight files as named tensors without running code in them, and the checksum at the end of our checkpoints.
 
-safetensors and .npz hold numbers only; torch's pickles are read with weights only, also where an environment variable
-asks otherwise.
+safetensors and .npz files contain only numbers; torch files are read with weights_only=True, even if an environment
+variable requests otherwise.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from torch import Tensor
 from sslvit.files import brief, printable
 
 CHUNK = 2**22
-MTIME_MARGIN_NS = 2_000_000_000  # a file written so recently may change without a newer time
-END_RECORD_BYTES = 22  # of a zip archive, before its comment; the last two are the comment's length
-CHECKSUM = b"sslvit crc32 "  # a checkpoint's comment: the checksum of all its bytes follows
+MTIME_MARGIN_NS = 2_000_000_000  # a file modified this recently may change again without a newer timestamp
+END_RECORD_BYTES = 22  # a zip archive's end record without the comment; its last two bytes are the comment's length
+CHECKSUM = b"sslvit crc32 "  # start of a checkpoint's zip comment, followed by the checksum of all its bytes
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # transformers' names
 
 
 def read_torch_file(path: Path, mmap: bool = False, map_location: str = "cpu") -> dict[str, Any]:
-    """A .safetensors file, an .npz of arrays or a torch file, read so that nothing in it can run.
+    """Read a .safetensors file, an .npz file or a torch file without running code in it.
 
     Args:
         path: The file.
-        mmap: Map a torch file into memory, so that values are read when they are used. Whoever replaces it must give
-            the new file its place, as our own writers do, and not write into it.
-        map_location: Device of a torch file's tensors; on "meta", with `mmap`, they have shapes and no values.
+        mmap: Memory-map a torch file, so that values are read when they are used. Another process must not write into
+            the file meanwhile, but may replace it by a new file, as our own writers do.
+        map_location: Device of a torch file's tensors; with `mmap`, tensors on "meta" have shapes but no values.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is none of these, it is damaged, or it holds more than numbers.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is of another kind or damaged, or contains objects other than weights.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file.")
@@ -57,8 +57,8 @@ def read_torch_file(path: Path, mmap: bool = False, map_location: str = "cpu") -
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their command line
-            mmap = mmap and zipfile.is_zipfile(path)  # and not of the kind that torch wrote up to 1.5
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files contain their command line
+            mmap = mmap and zipfile.is_zipfile(path)  # torch up to 1.5 wrote another format
             content = torch.load(path, map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -74,7 +74,7 @@ def read_torch_file(path: Path, mmap: bool = False, map_location: str = "cpu") -
 
 
 def _check_kind(path: Path) -> None:
-    """Refuse a file that torch has not written, by its first bytes: those of a zip archive, a pickle or a tar file."""
+    """Refuse a file that torch did not write; its files are zip archives, pickles or tar files."""
     with open(path, "rb") as file:
         start = file.read(32)
     if start and not start.startswith((b"PK", b"\x80")) and not tarfile.is_tarfile(path):
@@ -86,9 +86,9 @@ def _check_kind(path: Path) -> None:
 
 
 class ChecksumWriter:
-    """A file to which torch writes an archive, followed by the checksum of all its bytes as the archive's comment.
+    """A file object for torch.save that appends the checksum of all bytes as the zip archive's comment.
 
-    Torch itself has checksums of single records only, and ignores them when it reads.
+    torch itself stores checksums only of single records, and ignores them when reading.
 
     Args:
         file: The file, open for writing.
@@ -108,7 +108,7 @@ class ChecksumWriter:
         self.file.flush()
 
     def append_checksum(self) -> None:
-        """Write the comment, and its length in the place of a zero."""
+        """Write the comment and its length, which was zero before."""
         if self.tail.startswith(b"PK\5\6") and self.tail.endswith(b"\0\0"):
             comment = CHECKSUM + b"%08x" % self.checksum
             self.file.seek(-2, os.SEEK_END)
@@ -119,12 +119,12 @@ _checked: set[tuple[str, int, int, int]] = set()
 
 
 def check_checksum(path: Path) -> None:
-    """Compare the checksum of one of our checkpoints, or those of the records in anybody's torch file.
+    """Verify the checksum of one of our checkpoints, or those of the records in any other torch file.
 
-    Torch checks neither. Other kinds of files have none.
+    torch verifies neither. Other kinds of files have no checksums.
 
     Raises:
-        ValueError: The bytes are not those that were written.
+        ValueError: The file is damaged.
     """
     stat = path.stat()
     version = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -146,16 +146,16 @@ def check_checksum(path: Path) -> None:
 
 
 def _compare_checksum(path: Path) -> bool:
-    """Whether a file ends in the checksum of its bytes, as our checkpoints do.
+    """Verify the checksum at the end of a file; returns False if there is none.
 
     Raises:
-        ValueError: It does, but the bytes are others.
+        ValueError: The checksum does not match.
     """
     length = len(CHECKSUM) + 8
     stored = length.to_bytes(2, "little")
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 2 * (END_RECORD_BYTES + length)))  # also finds it in a file that is cut or longer
+        file.seek(max(0, size - 2 * (END_RECORD_BYTES + length)))  # also finds it in a truncated or extended file
         tail = file.read()
         start = tail.rfind(b"PK\5\6")
         has_length = start >= 0 and tail[start + END_RECORD_BYTES - 2 : start + END_RECORD_BYTES] == stored
@@ -166,24 +166,24 @@ def _compare_checksum(path: Path) -> bool:
         found, remaining = 0, size - length - 2
         while remaining > 0 and (data := file.read(min(CHUNK, remaining))):
             found, remaining = zlib.crc32(data, found), remaining - len(data)
-    found = zlib.crc32(b"\0\0", found)  # the length of the comment, before there was one
+    found = zlib.crc32(b"\0\0", found)  # the comment's length was zero when the checksum was computed
     if end[-2:] != stored or comment != CHECKSUM + b"%08x" % found:
         raise ValueError("another checksum")
     return True
 
 
 def count_blocks(state: dict[str, Tensor], prefix: str) -> int:
-    """How many different numbers follow the prefix."""
+    """Count the distinct block numbers that follow a prefix in parameter names."""
     numbers = {key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}
     return sum(number.isdecimal() for number in numbers)
 
 
 def read_folder_weights(folder: Path) -> dict[str, Any]:
-    """The weights in a folder of transformers: one file, or several named by an index.
+    """Read the weights in a folder written by transformers: one file, or several listed in an index.
 
     Raises:
-        FileNotFoundError: There are none.
-        ValueError: A file is damaged, holds more than numbers, or is outside the folder.
+        FileNotFoundError: The folder has no weights.
+        ValueError: A file is damaged, contains objects other than weights, or is outside the folder.
     """
     file = next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
     if file is None:

@@ -1,4 +1,4 @@
-"""Line charts and bars as inline SVG, in the colors of a page; values under the pointer by a few lines of script."""
+"""Line charts and bars as inline SVG in the page's colors; a short script shows the values under the pointer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sslvit.results import html_text
 
 WIDTH, HEIGHT = 640, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 10, 42  # margins
-MAX_POINTS = 400  # of a line; more are averaged
-SMOOTHED_FROM = 40  # points, from which on a smooth line is drawn over them
+MAX_POINTS = 400  # of a line; more points are averaged
+SMOOTHED_FROM = 40  # points from which on a smoothed line is drawn as well
 COLORS = 6  # var(--c0) to var(--c5)
-DASHES = ("", "6 3", "2 3")  # of lines beyond them
-STEEP = 4.0  # times the rest of the range that a few values at its upper end may take without being cut off
+DASHES = ("", "6 3", "2 3")  # used in turn when the colors repeat
+STEEP = 4.0  # cut off the top 2 % of values if the full range is more than this times the rest
 
 SCRIPT = """
 for (const figure of document.querySelectorAll("figure[data-lines]")) {
@@ -48,9 +48,9 @@ Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
 def line_chart(title: str, lines: Lines, x_label: str, y_label: str) -> str:
-    """A figure with one line for each name, 'x' and 'y' of equal length; what is not finite is left out.
+    """Make a figure with one line per name, from x and y of equal length; non-finite points are left out.
 
-    Returns an empty string where there is nothing to plot.
+    Returns an empty string if there is nothing to plot.
     """
     drawn = {name: thinned(x, y) for name, (x, y) in lines.items()}
     drawn = {name: (x, y) for name, (x, y) in drawn.items() if len(x)}
@@ -99,7 +99,7 @@ def line_chart(title: str, lines: Lines, x_label: str, y_label: str) -> str:
 
 
 def breakdown_chart(title: str, rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
-    """A figure with a bar for each row, made of its parts side by side."""
+    """Make a figure with a stacked horizontal bar for each row."""
     names = list(dict.fromkeys(name for of in rows.values() for name in of))
     longest = max((sum(of.values()) for of in rows.values()), default=0.0)
     if not longest:
@@ -127,7 +127,7 @@ def breakdown_chart(title: str, rows: Mapping[str, Mapping[str, float]], unit: s
 
 
 def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The finite points of a line; of too many the means of neighbors."""
+    """The finite points of a line; if there are too many, means of adjacent points."""
     across, up = np.asarray(x, float), np.asarray(y, float)
     is_finite = np.isfinite(across) & np.isfinite(up)
     across, up = across[is_finite], up[is_finite]
@@ -138,7 +138,7 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndar
 
 
 def smoothed(y: np.ndarray) -> np.ndarray:
-    """A moving average over a fifteenth of the points, over fewer towards both ends."""
+    """Moving average over a fifteenth of the points, and over fewer near both ends."""
     half = max(1, len(y) // 30)
     sums = np.concatenate([[0.0], np.cumsum(y)])
     first = np.maximum(np.arange(len(y)) - half, 0)
@@ -147,7 +147,7 @@ def smoothed(y: np.ndarray) -> np.ndarray:
 
 
 def value_range(values: np.ndarray) -> tuple[float, float]:
-    """The range of an axis; few values far above the rest, as at the start of a run, do not decide it."""
+    """The range of an axis, without a few values far above the rest, as at the start of a run."""
     low, high = float(values.min()), float(values.max())
     most = float(np.quantile(values, 0.98))
     if high - low > STEEP * (most - low) > 0:
@@ -157,7 +157,7 @@ def value_range(values: np.ndarray) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers within a range, about so many."""
+    """About `count` round numbers within a range."""
     rough = (high - low) / count or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
@@ -166,7 +166,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def short(value: float, step: float | None = None) -> str:
-    """A number of an axis in few characters, but in enough of them to tell numbers apart that differ by a step."""
+    """Format an axis label in few characters, but enough to distinguish numbers that differ by `step`."""
     if value == 0 or abs(value) < (step or 0.0) / 1e6:
         return "0"
     digits = max(3, math.ceil(math.log10(abs(value) / step)) + 1) if step else 3

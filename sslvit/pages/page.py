@@ -1,7 +1,7 @@
-"""One self-contained HTML page: pictures are embedded, and nothing is fetched.
+"""Self-contained HTML pages with embedded pictures; nothing is fetched.
 
-It has a table of contents, follows the reader's light or dark scheme, fits a phone and a sheet of paper, and can be
-read without its script, which only adds values under the pointer to charts.
+A page has a table of contents, follows the reader's light or dark scheme, and fits phones and paper. It works without
+its script, which only shows the values of charts under the pointer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from sslvit.files import write_atomically
 from sslvit.pages.charts import SCRIPT
 from sslvit.results import html_table, html_text
 
-GENERATOR = '<meta name="generator" content="sslvit {}">'  # which kind of page it is
-MAX_BYTES = 2**25  # of a file that a page shows
+GENERATOR = '<meta name="generator" content="sslvit {}">'  # marks the kind of page
+MAX_BYTES = 2**25  # largest file that a page embeds
 STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --dim: #59636e; --line: #d1d9e0; --ground: #fff; --raised: #f6f8fa;
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #8a6d00; --c5: #56b4e9; }
@@ -53,13 +53,13 @@ svg .grid { stroke: var(--line); } svg .mark { stroke: var(--dim); stroke-dashar
 
 
 def write_page(path: Path, title: str, blocks: list[str], kind: str) -> Path:
-    """Write a page of blocks, top to bottom: what the functions below and those of `charts` return.
+    """Write a page of blocks, which the functions below and those of `charts` make.
 
     Args:
         path: The HTML file.
         title: Title of the page.
-        blocks: Its content.
-        kind: What makes such pages, such as report: it may replace its own (`is_page`).
+        blocks: Content from top to bottom.
+        kind: Kind of page, such as report, by which `is_page` recognizes pages that may be replaced.
     """
     contents, body, taken = [], [], set()
     for block in blocks:
@@ -91,22 +91,22 @@ def is_page(path: Path, kind: str) -> bool:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a file of a folder, which may come from others, is a plain one of a reasonable size."""
+    """Whether a file from a possibly untrusted folder is a regular file of a reasonable size, and not a link."""
     return path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_BYTES
 
 
 def text(content: str) -> str:
-    """A paragraph."""
+    """Make a paragraph."""
     return f"<p>{html_text(content)}</p>"
 
 
 def heading(content: str) -> str:
-    """The heading of a section, which the table of contents has, too."""
+    """Make a section heading, which is also listed in the table of contents."""
     return f"<h2>{html_text(content)}</h2>"
 
 
 def table(rows: Scores) -> str:
-    """A table of scores, with the best of each column in bold type."""
+    """Make a table of scores with the best of each column in bold."""
     columns = columns_of(rows)
     best = {column: max(mean(of[column]) for of in rows.values() if of.get(column)) for column in columns}
     lines = []
@@ -123,16 +123,16 @@ def table(rows: Scores) -> str:
 
 
 def text_rows(titles: Sequence[object], rows: Iterable[Sequence[object]], changed: Container[int] = ()) -> str:
-    """A table of text; the rows of these numbers stand out."""
+    """Make a table of text; `changed` contains the indices of rows to highlight."""
     made = html_table(titles, rows, changed)
     return made.replace("<table>", '<div class="wide"><table class="words">') + "</div>"
 
 
 def picture(path: Path, caption: str) -> str:
-    """A PNG, which the page embeds, with a caption.
+    """Embed a PNG with a caption.
 
     Raises:
-        ValueError: The file is no PNG, or a link: a page is shown to others, and its folder may come from others.
+        ValueError: Not a PNG file, too large, or a link, since an untrusted folder could link to private files.
     """
     content = path.read_bytes() if is_plain(path) else b""
     if not content.startswith(b"\x89PNG"):
@@ -142,5 +142,5 @@ def picture(path: Path, caption: str) -> str:
 
 
 def figure_row(figures: list[str]) -> str:
-    """Figures side by side, as many in a row as fit."""
+    """Lay out figures side by side, as many in a row as fit."""
     return f'<div class="beside">{"".join(figures)}</div>'

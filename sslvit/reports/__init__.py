@@ -1,1 +1,1 @@
-"""Pages for people."""
+"""Tables, figures and HTML pages: bench, demo, show and sweep."""

@@ -1,4 +1,4 @@
-"""`sslvit bench`: encoders x protocols x data sets -> one table per data set; finished cells are not measured again."""
+"""`sslvit bench`: a table of encoders x protocols per data set, which resumes without repeating finished cells."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from sslvit.train.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # raised when the same key would stand for another number
+FORMAT = 2  # incremented when a change makes stored results invalid
 MARK = "bench.json"
 
 
@@ -57,10 +57,10 @@ class Cell:
     """One measurement.
 
     Args:
-        values: scores in percent; several where labels were drawn several times.
-        seconds: time that it took, passes through the encoder included unless they were in the cache.
-        about: what a reader needs to quote it.
-        key: hash of all that decides it.
+        values: Scores in percent; several if labels were sampled several times.
+        seconds: Time taken, including passes through the encoder unless its features were cached.
+        about: Details needed to report the score.
+        key: Hash of everything that determines the result.
     """
 
     values: list[float]
@@ -71,13 +71,13 @@ class Cell:
 
 @dataclass
 class Entry:
-    """One source of a row: an encoder under one seed.
+    """One of the measured sources of a row: an encoder with one seed.
 
     Args:
-        encoder: makes the encoder; None for raw pixels.
-        path: the encoder that fine-tuning starts from; None where there is none.
-        is_scratch: fine-tuning starts from random weights of the architecture of `path`.
-        seed: seed of everything random.
+        encoder: Makes the encoder; None for raw pixels.
+        path: The encoder from which fine-tuning starts; None for raw pixels.
+        is_scratch: Whether fine-tuning starts from random weights in the architecture of `path`.
+        seed: Seed of everything random.
     """
 
     encoder: Callable[[], Encoder] | None
@@ -90,10 +90,10 @@ class BenchRun:
     """A run of one bench."""
 
     def __init__(self, settings: BenchSettings) -> None:
-        assert settings.out is not None  # BenchOptions fills it in
+        assert settings.out is not None  # filled in from the name of the bench
         self.settings, self.folder = settings, Path(settings.out)
         self.device = pick_device(settings.device)
-        # everything that can be refused is refused here, before the first pass
+        # validate everything here, before the first pass over the data
         trained = {name: [load_encoder(path) for path in paths] for name, paths in settings.encoders.items()}
         self.encoders = {name: [open_encoder(one, size=settings.size) for one in of] for name, of in trained.items()}
         for name, (first, *others) in self.encoders.items():
@@ -125,7 +125,7 @@ class BenchRun:
         self.extractor = FeatureExtractor(settings.batch, settings.workers, cache)
 
     def check_finetuning(self, where: str, column: FinetuneColumn, encoder: Encoder) -> None:
-        """Refuse a recipe or a change that fine-tuning could not run with."""
+        """Refuse a recipe or a change with which fine-tuning could not run."""
         start = for_labels(encoder.settings)
         try:
             recipe = load_recipe(column.config, column.changes, start)
@@ -158,12 +158,12 @@ class BenchRun:
                         values = tables[data][row][column] = independent([cell.values for cell in cells])
                         seconds, key = sum(cell.seconds for cell in cells), "+".join(cell.key for cell in cells)
                         results.append(Measurement(data, row, column, values, seconds, key, cells[0].about))
-                # the tables can be read while the rest is measured
+                # write after each row, so that the tables can be read while the rest is measured
                 files = write_tables(self.settings, self.sets, tables, results)
         return BenchTables(self.folder, tables, files)
 
     def claim(self) -> None:
-        """Resume in a folder of a bench, or make a new one; nothing else is touched."""
+        """Create the folder or take over that of the same bench; refuse any other folder."""
         remove_stale_temporaries(self.folder / MARK)
         if self.folder.exists() and any(path.name != "cells" or any(path.iterdir()) for path in self.folder.iterdir()):
             if not (self.folder / MARK).exists():
@@ -177,7 +177,7 @@ class BenchRun:
     # ---- rows ------------------------------------------------------------------------------------------------
 
     def rows(self, data: str) -> dict[str, list[Entry]]:
-        """Raw pixels, then the networks untrained, trained with labels from scratch, and as they are."""
+        """Rows of the table: raw pixels, untrained networks, networks trained from scratch, and the encoders."""
         settings = self.settings
         seeds = range(settings.seed, settings.seed + settings.seeds)
         rows: dict[str, list[Entry]] = {}
@@ -214,7 +214,7 @@ class BenchRun:
     # ---- cells -----------------------------------------------------------------------------------------------
 
     def cell(self, data: str, row: str, column: str, entry: Entry) -> Cell | None:
-        """A measurement, made now or before; None for fine-tuning of raw pixels."""
+        """Load a measurement from the folder or make it now; None for fine-tuning on raw pixels."""
         wanted = self.settings.columns[column]
         if isinstance(wanted, FinetuneColumn):
             return None if entry.path is None else self.finetune_cell(data, wanted, entry, entry.path)
@@ -224,7 +224,7 @@ class BenchRun:
         train, val = self.sets[data]
         described = asdict(wanted)
         if not described["whiten"]:
-            del described["whiten"]  # cells that were measured before it was there keep their keys
+            del described["whiten"]  # keeps the keys of cells measured before this field existed
         identity = {
             "source": source.fingerprint(), "input": asdict(source.settings), "column": described,
             "train": train.index.fingerprint(), "val": val.index.fingerprint(), "seed": entry.seed,
@@ -245,14 +245,14 @@ class BenchRun:
         return cell
 
     def probe(self, context: ProbeContext, column: ProbeColumn, seed: int) -> tuple[list[float], dict[str, Any]]:
-        """The scores of a column of frozen features, and what a reader needs to quote them."""
+        """Score frozen features for one column; returns the scores and the details needed to report them."""
         scores, found, _ = score(context, column.settings(SplitSettings("", "")), seed)
         by_paper = scores.pop(PAPER_RULE, None)
         (values,) = scores.values()
         view = {"view": context.source.settings.crop_in_words}
         if column.kind != "linear":
             about = asdict(column) | view
-            del about["protocol"]  # which is for linear probes
+            del about["protocol"]  # only for linear probes
             return values, about
         about = ({} if "fraction" in found["linear"] else view) | found["linear"]
         if by_paper is not None:
@@ -260,7 +260,7 @@ class BenchRun:
         return values, about
 
     def finetune_cell(self, data: str, wanted: FinetuneColumn, entry: Entry, start_from: str) -> Cell:
-        """The accuracy of a fine-tuning, made now or before."""
+        """Accuracy of a fine-tuning run, which is run now unless it has finished before."""
         path, key = self.finetuned(data, wanted, start_from, entry.is_scratch, entry.seed)
         folder = RunFolder(path)
         scores = json.loads(folder.scores.read_text())
@@ -271,7 +271,7 @@ class BenchRun:
         return Cell([scores["top1"]], _training_seconds(folder), about, key)
 
     def finetuned(self, data: str, wanted: FinetuneColumn, path: str, is_scratch: bool, seed: int) -> tuple[Path, str]:
-        """The run folder of a fine-tuning that is started, resumed or already finished; and the key of its inputs."""
+        """Start or resume a fine-tuning run unless it has finished; returns its folder and the key of its inputs."""
         encoder = load_encoder(path)
         recipe = asdict(load_recipe(wanted.config, wanted.changes, for_labels(encoder.settings)))
         train, val = (labeled.index.fingerprint() for labeled in self.sets[data])
@@ -301,7 +301,7 @@ class BenchTables(Result):
     """The tables of a bench.
 
     Args:
-        folder: Where the bench and all its results are.
+        folder: Folder of the bench and all its results.
         tables: Data set -> row -> column -> scores in percent, one for each run, seed or draw of labels.
         files: report.html, table.md, table.csv and table.json.
     """
@@ -311,7 +311,7 @@ class BenchTables(Result):
     files: list[Path]
 
     def text(self) -> str:
-        """The tables, and the files."""
+        """The tables and the paths of the files."""
         tables = [f"{printable(data)}\n\n{format_table(rows)}\n" for data, rows in self.tables.items()]
         return "\n".join([*tables, *(f"  {file}" for file in self.files)])
 
@@ -320,7 +320,7 @@ class BenchTables(Result):
         return json.loads((self.folder / "table.json").read_text())
 
     def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
-        """The tables in one, with the data set in front."""
+        """All tables as one, with the data set in the first column."""
         columns = list(dict.fromkeys(column for rows in self.tables.values() for column in columns_of(rows)))
         lines = (
             [data, row, *(format_score(of.get(column)) for column in columns)]
@@ -335,16 +335,16 @@ def bench(config: str | Path, **changes: Any) -> BenchTables:
     """Fill a table of encoders x protocols x data sets, or resume where it stopped.
 
     Args:
-        config: YAML file, or the name of one that comes with sslvit, such as cifar10.
+        config: YAML file, or the name of one included in sslvit, such as cifar10.
         changes: Settings of the bench, such as out="runs/bench", encoders={"MAE": ["runs/mae-0", "runs/mae-1"]} or
-            seeds=3; they win over the file's.
+            seeds=3; they override the file's.
 
     Returns:
         The tables and their files.
 
     Raises:
-        ValueError: Settings that do not fit, or a folder that is in use.
-        FileNotFoundError: No such file, no encoder or no shards there.
+        ValueError: The settings are invalid, or the folder is in use.
+        FileNotFoundError: The file, an encoder or the shards do not exist.
 
     Example:
         made = sslvit.bench("cifar10", encoders={"MAE": "runs/mae"}, baselines=["pixels"], device="cpu")
@@ -363,7 +363,7 @@ def bench(config: str | Path, **changes: Any) -> BenchTables:
 
 
 def _as_text(value: Any) -> Any:
-    """Settings with paths and run folders as text."""
+    """Convert paths and run folders in settings to text."""
     if isinstance(value, dict):
         return {key: _as_text(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -372,7 +372,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _training_seconds(folder: RunFolder) -> float:
-    """Time that the steps of a run took, over all its resumes."""
+    """Total time of a run's training steps, over all its resumes."""
     seconds, step = 0.0, 0.0
     batch = folder.read_config()["data"]["global_batch_size"]
     for line in folder.read_metrics():

@@ -1,4 +1,4 @@
-"""The tables of a bench: Markdown, CSV, JSON and a page."""
+"""The tables of a bench as Markdown, CSV, JSON and an HTML page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CSV_COLUMNS = ("data", "row", "column", "mean", "interval", "values", "seconds")
 
 @dataclass
 class Measurement:
-    """One entry of a table: the measurements of all its encoders and seeds together."""
+    """One entry of a table, with the scores of all its encoders and seeds."""
 
     data: str
     row: str
@@ -66,7 +66,7 @@ def write_tables(
             bars = plot_bars(file, means(rows), "top-1 accuracy (%)", data, intervals(rows))
             content.append(picture(bars, "The same as bars, with the intervals."))
     spent: dict[str, float] = {}
-    for result in {result.key: result for result in results}.values():  # rows may share one
+    for result in {result.key: result for result in results}.values():  # rows may share a fine-tuning run
         spent[result.column] = spent.get(result.column, 0.0) + result.seconds
     notes = [
         f"{name}: the paper selected on the images that it reports ({column.protocol.chosen_by_paper}); not so here."
@@ -82,7 +82,7 @@ def write_tables(
     ]
     content.append(text_rows(["data", "row", "column", "minutes", "how"], rows_about))
     cells = [asdict(one) | {"mean": mean(one.values), "interval": interval(one.values)} for one in results]
-    lines = (cell | {"values": len(cell["values"])} for cell in cells)  # of the values only their number
+    lines = (cell | {"values": len(cell["values"])} for cell in cells)  # the CSV has the number of values
     files = {
         "table.md": "\n".join(markdown),
         "table.csv": csv_text(CSV_COLUMNS, ([line[key] for key in CSV_COLUMNS] for line in lines)),
@@ -95,6 +95,6 @@ def write_tables(
 
 
 def _about_in_words(about: dict[str, Any]) -> str:
-    """What a reader needs to quote a score, without what is not set, in as many digits as somebody reads."""
+    """Format the details of a score, without unset ones and with few digits."""
     said = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in about.items()}
     return "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in said.items() if value not in (None, {}, []))

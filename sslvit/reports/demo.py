@@ -1,4 +1,4 @@
-"""`sslvit demo`: images -> shards -> pretraining -> probe -> export, on real images, on a laptop, in minutes."""
+"""`sslvit demo`: packing, pretraining, probing and exporting on real images, in minutes on a laptop."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ TASKS = {"mae": "masked autoencoder", "dino": "self-distillation", "igpt": "next
 NAMES = {"mae": "MAE", "dino": "DINO", "igpt": "iGPT"}
 MARK = "demo.json"  # marks the folder of a demo
 FOLDERS = ("shards", "download", *TASKS, "export", "figures")
-TEST_EVERY = 5  # one of so many digits is for the test
-# steps between two scores of features while they are learned: about six in a run, the last at its end
+TEST_EVERY = 5  # one in five digits is a test image
+# steps between scores of the features during pretraining: about six scores per run, the last at its end
 ONLINE_EVERY = {"digits": {"mae": 330, "dino": 200, "igpt": 250}, "cifar10": {"mae": 200, "dino": 50, "igpt": 150}}
 ONLINE_IMAGES = 1500
-EVALUATION_SEED = 1  # of the digits' places for evaluation; training samples its own, from the run's seed
+EVALUATION_SEED = 1  # of the digits' positions for evaluation; training samples positions from the run's seed
 
 
 def demo(
@@ -60,15 +60,15 @@ def demo(
 
     Args:
         data: digits (scikit-learn's, no download) or cifar10.
-        archive: for cifar10, a local archive instead of a download: cifar-10-python.tar.gz, or a tar of class
+        archive: For cifar10, a local archive instead of a download: cifar-10-python.tar.gz, or a tar file of class
             folders of images.
-        out: folder for all of it.
-        overwrite: replace an earlier demo there.
-        seed: seed of weights, order, crops and masks.
-        changes: settings that differ from the recipes'; each task takes those that it has.
+        out: Folder for all results.
+        overwrite: Replace an earlier demo in the folder.
+        seed: Seed of weights, order, crops and masks.
+        changes: Settings that differ from the recipes'; each task uses those that apply to it.
 
     Raises:
-        ValueError: the data set is unknown, the folder is in use, or the archive is of another kind.
+        ValueError: The data set is unknown, the folder is in use, or the archive is of another kind.
     """
     start = time.monotonic()
     folder = Path(out)
@@ -88,7 +88,7 @@ def demo(
             )
         for name in FOLDERS:
             shutil.rmtree(folder / name, ignore_errors=True)
-    require_packages("demo", "sslvit[timm]", "timm")  # for the last step
+    require_packages("demo", "sslvit[timm]", "timm")  # needed by the last step
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / MARK, json.dumps({"data": data, "seed": seed}) + "\n")
     logger.info(f"1/4  packing {data} into WebDataset shards")
@@ -96,7 +96,7 @@ def demo(
     source = pack_digits(shards) if data == "digits" else pack_cifar10(shards, archive, folder / "download")
     train, test = str(shards / "train"), str(shards / "test")
     given = {"data.shards": source.location, "seed": seed}
-    given |= {"online.train": train, "online.val": test, "online.images": ONLINE_IMAGES}  # curves; nothing is chosen
+    given |= {"online.train": train, "online.val": test, "online.images": ONLINE_IMAGES}  # curves, not selection
     on_gpu = torch.cuda.is_available()
     to_run: dict[str, tuple[str, dict[str, Any]]] = {}
     for task, changed in split_changes(RECIPES[data], changes or {}).items():
@@ -152,10 +152,10 @@ def demo(
 
 
 def pack_digits(folder: str | Path) -> ShardIndex:
-    """Digits for pretraining as they are (8 x 8); for evaluation placed once on the canvas, with labels.
+    """Pack scikit-learn's digits: the 8 x 8 originals for pretraining, and placed on a canvas for evaluation.
 
-    `pretrain` holds the originals, which are placed anew at every step; `train` and `test` hold one fixed placement of
-    each digit. Images are named by the digit's number, so that a digit can be followed through all three.
+    `pretrain` contains the originals, which the view places anew at every step; `train` and `test` contain one fixed
+    placement of each digit. Image names are the digits' numbers, so that a digit can be found in all three.
     """
     from sklearn.datasets import load_digits
 
@@ -178,7 +178,10 @@ def pack_digits(folder: str | Path) -> ShardIndex:
 
 
 def pack_cifar10(folder: Path, archive: str | None, download: Path) -> ShardIndex:
-    """CIFAR-10 by torchvision or from a local archive; without test images, a tenth of each class is the test."""
+    """Pack CIFAR-10, downloaded by torchvision or from a local archive.
+
+    For a tar file of class folders, a tenth of each class becomes the test set.
+    """
     if archive is not None and not Path(archive).is_file():
         raise ValueError(f"{archive}: no such file. Give cifar-10-python.tar.gz or a tar of class folders.")
     if archive is None or _is_python_archive(Path(archive)):
@@ -216,9 +219,9 @@ def pack_cifar10(folder: Path, archive: str | None, download: Path) -> ShardInde
 
 
 def _packed(samples: Samples, folder: Path, classes: list[str]) -> ShardIndex:
-    """Pack all samples on this machine."""
+    """Pack samples into a folder."""
     index = pack(samples, folder, classes)
-    assert index is not None  # only one of several machines that pack together has none
+    assert index is not None  # None only when several machines pack together
     return index
 
 
@@ -232,7 +235,7 @@ def _is_python_archive(path: Path) -> bool:
 
 
 def plot_progress(runs: dict[str, RunFolder], folder: Path) -> dict[str, Path]:
-    """Plot the scores that runs were given while they trained, one picture for each kind of score."""
+    """Plot the scores during training, one figure per kind of score."""
     drawn = {}
     for key, what in (("probe/linear", "Linear probe"), ("probe/knn", "kNN, k = 20")):
         lines = {}

@@ -1,4 +1,4 @@
-"""What a recipe schedules: learning rate, weight decay, and a task's own values such as DINO's momentum."""
+"""Plot of a recipe's schedules: learning rate, weight decay, and a task's own such as DINO's momentum."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from sslvit.settings import RunSettings
 from sslvit.train.forecast import plan_step
 
 POINTS = 400  # of a curve
-STEPS_PER_EPOCH = 1000  # of a recipe that is shown without images; the curves over epochs are the same with more
+STEPS_PER_EPOCH = 1000  # assumed if no images are given; the curves over epochs hardly depend on it
 
 
 def plot_schedule(settings: RunSettings, source: str | None, out: str | Path) -> Path:
-    """Plot each value over the epochs of a run, as a fraction of its largest value.
+    """Plot each scheduled value over the epochs of a run, as a fraction of its largest value.
 
     Args:
         settings: Settings of the run.
-        source: Shards or a folder of images, which is looked at and not packed; None where the settings give batch
-            and epochs.
+        source: Shards or a folder of images, which is not packed; None if the settings specify batch size and epochs.
         out: PNG file.
 
     Raises:
-        ValueError: A length or a batch that depends on the images or on the machine.
+        ValueError: The length or batch size depends on images that are not given, or on the machine.
     """
     train, batch = settings.train, settings.data.global_batch_size
     if train.budget is not None and train.steps is None:

@@ -47,17 +47,17 @@ PCA_TITLES = ["input", "three principal\ncomponents"]
 FIELD_COLUMNS = 4  # number of blocks whose receptive fields are plotted
 Shown = Literal["attention", "distance", "field", "neighbors", "pca", "similarity", "reconstruct", "views", "schedule"]
 OF_RECIPES = ("views", "schedule")
-IMAGES = 8  # of a picture
+IMAGES = 8  # default number of images
 
 
 @dataclass(repr=False)
 class Picture(Result):
-    """A picture, which a notebook shows.
+    """A picture, displayed in notebooks.
 
     Args:
-        png: The bytes of a PNG file.
-        path: Where it was written, if anywhere.
-        numbers: What is plotted, by network and measure, where there are such numbers.
+        png: Content of a PNG file.
+        path: File to which it was written, if any.
+        numbers: The plotted numbers by network and measure, if there are any.
     """
 
     png: bytes
@@ -65,24 +65,24 @@ class Picture(Result):
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG file, which must not be there yet."""
+        """Write a PNG file, which must not exist yet."""
         check_new_picture(path)
         write_atomically(path, self.png)
         self.path = Path(path)
         return self.path
 
     def text(self) -> str:
-        """Where the picture is."""
+        """The picture's path."""
         return str(self.path) if self.path else "a picture in memory, which save(PATH) writes"
 
     def to_dict(self) -> dict[str, Any]:
-        """Its path and its numbers."""
+        """The picture's path and numbers."""
         return {"figure": self.path and str(self.path), **({"numbers": self.numbers} if self.numbers else {})}
 
     def _repr_png_(self) -> bytes:
         return self.png
 
-    def _repr_html_(self) -> None:  # type: ignore[override]  # a notebook takes the picture then
+    def _repr_html_(self) -> None:  # type: ignore[override]  # so that notebooks display the picture
         return None
 
 
@@ -102,34 +102,34 @@ def show(
     size: Size | None = None,
     **changes: Any,
 ) -> Picture:
-    """Plot what an encoder does with images, or what a recipe would do.
+    """Plot an encoder's attention, features or reconstructions, or a recipe's views or schedule.
 
     Args:
-        what: attention (of the class token), distance (of each head's attention), field (the pixels that reach a
-            patch), neighbors (the images whose features are nearest), pca (principal components of the patches'
-            features as colors), similarity (of one patch's features to those of all patches), reconstruct (what a run
-            of MAE makes of the patches that it sees), views (what a recipe feeds to its model) or schedule (a recipe's
-            learning rate and whatever else it changes over the epochs).
-        encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes; for
-            reconstruct a run of MAE or its model (sslvit.tasks.released.load_mae), and for views and schedule a recipe
+        what: attention (of the class token), distance (of each head's attention), field (receptive field of a patch),
+            neighbors (images with the nearest features), pca (principal components of the patches' features as
+            colors), similarity (of one patch's features to those of all patches), reconstruct (an MAE run's
+            reconstruction from visible patches), views (a recipe's input to its model) or schedule (a recipe's
+            learning rate and other scheduled values over the epochs).
+        encoder: An encoder, any module that maps images to vectors 'b d', or anything that `load_encoder` accepts; for
+            reconstruct an MAE run or its model (sslvit.tasks.released.load_mae), and for views and schedule a recipe
             or a run.
-        data: Shards, a folder of images, or a data set (as in `pretrain`); a schedule needs none where the recipe gives
-            its batch and its epochs.
-        output: PNG file for the picture; None for none.
-        images: Number of images, evenly spaced; None for 8.
-        among: Number of images, evenly spaced, among which neighbors are searched; None for 1,000.
-        patch: Row and column of the patch whose similarity is shown, (3, 4) or "3,4", from 0 at the top left; None for
-            the middle one.
-        crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
-        size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
+        data: Shards, a folder of images, or a data set (as in `pretrain`). A schedule needs no data if the recipe
+            specifies batch size and epochs.
+        output: PNG file for the picture; None to write no file.
+        images: Number of images, evenly spaced over the data set; None for 8.
+        among: Number of evenly spaced images in which neighbors are searched; None for 1,000.
+        patch: Row and column of the patch for similarity, (3, 4) or "3,4", from 0 at the top left; None for the middle
+            one.
+        crop_fraction: Side of the center crop as a fraction of the image's; None for the encoder's own.
+        size: Input size in pixels, 64 or "48x64"; None for the encoder's own.
         changes: Other settings of the recipe, as in `pretrain`, for views and schedule.
 
     Returns:
-        The picture, which a notebook shows, and of distances the numbers.
+        The picture, which notebooks display; for distance also the numbers.
 
     Raises:
-        ValueError: An encoder without what is asked for, images that cannot be read, or a file that is there.
-        FileNotFoundError: No encoder or no images there.
+        ValueError: The encoder does not support the plot, an image cannot be read, or the file exists already.
+        FileNotFoundError: The encoder or the images do not exist.
 
     Example:
         picture = sslvit.show("neighbors", "runs/dino", "photos")
@@ -197,7 +197,7 @@ def show(
 
 
 def _load_decoder(source: EncoderLike) -> MAEModel:
-    """MAE with its decoder, from a run, or the model itself."""
+    """Load an MAE model with its decoder from a run, unless the source is one already."""
     if isinstance(source, MAEModel):
         return source.eval()
     if not isinstance(source, (str, os.PathLike)):
@@ -209,7 +209,7 @@ def _load_decoder(source: EncoderLike) -> MAEModel:
 
 
 def _read_recipe(what: str, config: EncoderLike, changes: dict[str, Any]) -> RunSettings:
-    """The settings of a recipe or of a run, which say what is fed to a model, and what its schedules are."""
+    """Read the settings of a recipe or of a run."""
     if not isinstance(config, (str, os.PathLike)):
         raise ValueError(f"show {what}: takes a recipe, a YAML file or a run folder; an encoder does not tell it.")
     run = RunFolder(expand_path(os.fspath(config)))
@@ -217,10 +217,10 @@ def _read_recipe(what: str, config: EncoderLike, changes: dict[str, Any]) -> Run
 
 
 def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
-    """Normalized images, evenly spaced over a data set, 'b c h w'.
+    """Load normalized images 'b c h w', evenly spaced over a data set.
 
     Raises:
-        ValueError: one of them cannot be read.
+        ValueError: One of them cannot be read.
     """
     index = open_shards(source)
     samples = evenly_spaced(len(index), count)
@@ -233,7 +233,7 @@ def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
 
 
 def read_patch(patch: str | Sequence[int]) -> tuple[int, int]:
-    """Row and column of a patch, from numbers or as they are typed: 3,4."""
+    """Parse the row and column of a patch, from numbers or text such as 3,4."""
     given = patch.split(",") if isinstance(patch, str) else list(patch)
     try:
         row, column = (int(number) for number in given)
@@ -243,10 +243,10 @@ def read_patch(patch: str | Sequence[int]) -> tuple[int, int]:
 
 
 def plot_similarity(encoder: ViTEncoder, images: Tensor, out: str | Path, patch_at: tuple[int, int] | None) -> Path:
-    """Plot the similarity of one patch's token to those of all patches, the middle one's unless a place is given.
+    """Plot the similarity of one patch's token to those of all patches; by default of the middle patch.
 
     Raises:
-        ValueError: There is no patch at that place.
+        ValueError: The position is outside the grid of patches.
     """
     rows, columns = encoder.settings.grid_of(*images.shape[2:])
     row, column = patch_at or (rows // 2, columns // 2)
@@ -257,7 +257,7 @@ def plot_similarity(encoder: ViTEncoder, images: Tensor, out: str | Path, patch_
 
 
 def plot_distance(encoder: ViTEncoder, images: Tensor, out: str | Path) -> dict[str, dict[str, list[list[float]]]]:
-    """Plot mean attention distance and entropy of every head against depth, beside those of the untrained network.
+    """Plot mean attention distance and entropy of every head against depth, next to those of the untrained network.
 
     Returns:
         The numbers: network -> measure -> layers x heads.
@@ -275,11 +275,11 @@ def plot_distance(encoder: ViTEncoder, images: Tensor, out: str | Path) -> dict[
 
 
 def plot_field(encoder: Encoder, images: Tensor, out: str | Path, seed: int = 0) -> Path:
-    """Plot the receptive field of the middle patch, block by block, beside that of a ResNet-18's stages.
+    """Plot the receptive field of the middle patch block by block, next to that of a ResNet-18's stages.
 
     Raises:
-        ValueError: tokens are pixels, whose colors are looked up, so that no gradient reaches the pixels; a network
-            that tells no stages.
+        ValueError: Tokens are palette indices, through which no gradient reaches the pixels, or the network has no
+            known stages.
     """
     settings = encoder.settings
     if settings.tokens == "pixel":
@@ -307,7 +307,7 @@ def plot_field(encoder: Encoder, images: Tensor, out: str | Path, seed: int = 0)
 
 
 def middle_patch(encoder: Encoder, layer: int) -> Callable[[Tensor], Tensor]:
-    """A function from images to the token of the middle patch after a block, or the middle of a stage's map."""
+    """Make a function from images to the middle patch's token after a block, or the middle of a stage's feature map."""
 
     def features(images: Tensor) -> Tensor:
         if isinstance(encoder, Backbone):
@@ -321,13 +321,13 @@ def middle_patch(encoder: Encoder, layer: int) -> Callable[[Tensor], Tensor]:
 
 
 def _as_row(fields: list[Tensor]) -> np.ndarray:
-    """Square roots of the fields as colors, so that weak influence is visible."""
+    """Color the square roots of the fields, so that weak influence is visible."""
     heat = torch.stack(fields).sqrt().numpy()
     return overlay_heat(np.zeros((len(fields), 1, *heat.shape[1:])), heat) / 0.7
 
 
 def plot_predictions(table: DenseTable, val: MaskedImages, settings: EncoderSettings, out: str | Path) -> Path:
-    """Plot the first reported images, their masks, and the predictions of each row of a segmentation."""
+    """Plot the first validation images, their masks, and the predictions of each row of a segmentation table."""
     pairs = [val.read(number, settings) for number in range(len(next(iter(table.predictions.values()))))]
     images = np.stack([image.numpy() / 255 for image, _ in pairs])
     masks = {"mask": np.stack([mask for _, mask in pairs]), **table.predictions}
@@ -336,7 +336,7 @@ def plot_predictions(table: DenseTable, val: MaskedImages, settings: EncoderSett
 
 
 def mask_colors(masks: np.ndarray, classes: list[int]) -> np.ndarray:
-    """Class numbers 'b h w' as colors 'b 3 h w'; pixels without a label are white."""
+    """Convert class numbers 'b h w' to colors 'b 3 h w'; pixels without a label are white."""
     from matplotlib import colormaps
 
     colors = np.ones((*masks.shape, 3))

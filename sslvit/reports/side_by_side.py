@@ -1,4 +1,4 @@
-"""Several small runs at the same time, a process of one thread for each, which a second thread would help little."""
+"""Several small runs in parallel, one single-threaded process each, since they would gain little from more threads."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from sslvit.settings.sweep import format_value
 
 logger = logging.getLogger(__name__)
 
-WARNING = "warning: "  # in front of such lines of a command
-LAST_LINES = 3  # of a run that failed, in the error
+WARNING = "warning: "  # prefix of warnings in a command's output
+LAST_LINES = 3  # of a failed run's output, for the error
 Processes = dict[str, "subprocess.Popen[str]"]
 
 
 def pretrain_side_by_side(runs: dict[str, tuple[str, dict[str, Any]]]) -> None:
-    """Run `sslvit pretrain` for each name, as many at once as there are cores; their lines are said with the name.
+    """Run `sslvit pretrain` for each name, as many at once as there are cores, and print their output with the names.
 
-    Each run has its own process, so its numbers do not depend on the others or on the number of cores. When this one is
-    told to stop, all of them write a checkpoint and end.
+    Each run has its own process, so its results do not depend on the others or on the number of cores. When this
+    process is stopped, all of them write a checkpoint and end.
 
     Args:
         runs: Name -> recipe, and its changes by dotted key.
 
     Raises:
-        RuntimeError: A run failed; the message has its last lines, and the others have been stopped.
+        RuntimeError: A run failed. The message has its last lines, and the other runs have been stopped.
     """
     processes, is_over = Processes(), threading.Event()
     with ThreadPoolExecutor(min(cpu_cores(), len(runs))) as pool:
@@ -54,16 +54,16 @@ def _pretrain(processes: Processes, is_over: threading.Event, name: str, recipe:
     words = [f"--{key}={format_value(value)}" for key, value in (changes | {"train.requeue": False}).items()]
     if plugins := named_modules():
         words += ["--plugin", ",".join(plugins)]
-    # a run that is stopped because another failed is no job of SLURM's to put into the queue again
+    # without SLURM's variables, a run that is stopped because another failed does not requeue the job
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(
         [sys.executable, "-m", "sslvit", "pretrain", "--config", recipe, *words], text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
-        start_new_session=True,  # a terminal's Ctrl-C is for this process, which tells the others
+        start_new_session=True,  # Ctrl-C reaches only this process, which stops the others
     )  # fmt: skip
     processes[name] = process
-    if is_over.is_set():  # since the question above
+    if is_over.is_set():  # set since the check above
         process.terminate()
     last: deque[str] = deque(maxlen=LAST_LINES)
     assert process.stdout is not None

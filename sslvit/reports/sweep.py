@@ -1,4 +1,4 @@
-"""`sslvit sweep`: a recipe with each combination of some settings, one run after the other; a table and a figure."""
+"""`sslvit sweep`: pretrain with each combination of some settings, one run after another; a table and a figure."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(repr=False)
 class Sweep(Result):
-    """Runs of a grid of settings.
+    """The runs of a grid of settings.
 
     Args:
         found: The runs.
-        failed: Name of a run that failed just now -> why.
-        figure: PNG of score or loss against each swept setting; None before the first run has finished.
+        failed: Name of each run that failed this time -> reason.
+        figure: PNG of score or loss against each swept setting; None if no run has finished.
         values: Name of each run -> its values of the swept settings.
     """
 
@@ -48,14 +48,14 @@ class Sweep(Result):
         return self.found.cells()
 
     def text(self) -> str:
-        """The table of the runs, what failed, and where the figure is."""
+        """The table of the runs, the failures, and the path of the figure."""
         failed = [f"failed: {name}: {printable(reason, 400)}" for name, reason in self.failed.items()]
         if failed:
             failed.append("the same command tries these again")
         return "\n".join([self.found.text(), *failed, *([str(self.figure)] if self.figure else [])])
 
     def to_dict(self) -> dict[str, Any]:
-        """The runs as records, their swept values, what failed, and the figure."""
+        """The runs as records, their swept values, the failures, and the path of the figure."""
         figure = None if self.figure is None else str(self.figure)
         return self.found.to_dict() | {"values": self.values, "failed": self.failed, "figure": figure}
 
@@ -69,25 +69,24 @@ def sweep(
     init: str | os.PathLike[str] | None = None,
     **changes: Any,
 ) -> Sweep:
-    """Pretrain by a recipe with each combination of some settings, one run after the other.
+    """Pretrain with each combination of some settings of a recipe, one run after another.
 
-    Runs that finished earlier are left as they are, and those that stopped go on. A run that fails does not keep the
-    others from running.
+    Finished runs are kept, and stopped runs are resumed. A failed run does not prevent the others from running.
 
     Args:
         config: YAML file, or the name of a recipe such as mae/digits.
-        data: Folder of images or of shards, or several .tar files; None for the recipe's data.shards.
-        out: Folder for the run folders, which are named by the swept values.
+        data: Folder of images or shards, or several .tar files; None for the recipe's data.shards.
+        out: Folder for the run folders, which are named after the swept values.
         grid: Dotted key -> list of values, such as {"encoder.depth": [2, 4], "seed": [0, 1]}.
-        init: Encoder whose weights are the initialization of each run.
-        changes: Settings that all runs share, as in `pretrain`; those of the grid come after them.
+        init: Encoder whose weights initialize each run.
+        changes: Settings that all runs share, as in `pretrain`; the grid takes precedence.
 
     Returns:
         The runs as a table, the scores, and a figure.
 
     Raises:
-        FileNotFoundError: No such recipe, or no data there.
-        ValueError: A combination that cannot run, said before the first one starts, or a folder that is in use.
+        FileNotFoundError: The recipe or the data does not exist.
+        ValueError: A combination cannot run, which is checked before the first run starts, or the folder is in use.
 
     Example:
         made = sslvit.sweep("mae/digits", "shards/digits", "runs/depth", {"encoder.depth": [2, 4], "train.steps": [10]})
@@ -105,7 +104,7 @@ def sweep(
     for number, run in enumerate(planned, 1):
         state = state_of(run)
         logger.info(f"run {number} of {len(planned)}: {run.name}" + ("" if state == "stopped" else f", {state}"))
-        # another process may take the run at the same moment
+        # the error does not count if another process has just started this run
         if state == "stopped" and (reason := train(run)) and state_of(run) != "running":
             failed[run.name] = reason
             logger.warning(f"{run.name} failed: {printable(reason, 400)}")
@@ -113,9 +112,9 @@ def sweep(
 
 
 def train(run: SweepRun) -> str | None:
-    """Start or resume a run; gives the reason where it fails, which need not hold for the others."""
+    """Start or resume a run; returns the reason if it fails, which need not affect the other runs."""
     if compile_mode(run.settings.train) is not None:
-        torch.compiler.reset()  # the programs of earlier runs count against torch's limit for a function
+        torch.compiler.reset()  # earlier runs count towards torch's recompile limit
     is_anew = run.folder.has_diverged_at_start
     if is_anew:
         logger.info(
@@ -123,21 +122,21 @@ def train(run: SweepRun) -> str | None:
         )
     try:
         pretrain(run.settings, resume=run.folder.goes_on, overwrite=is_anew)
-    except (ValueError, RuntimeError, OSError) as error:  # a loss that is not finite, memory that is full
+    except (ValueError, RuntimeError, OSError) as error:  # such as a non-finite loss or lack of memory
         return " ".join(str(error).split()) or type(error).__name__
     return None
 
 
-# ---- what comes of it ----------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------------------
 
 
 def report_sweep(planned: list[SweepRun], swept: Sequence[str], failed: dict[str, str]) -> Sweep:
-    """The runs, and a figure of those that have finished.
+    """List the runs, and plot those that have finished.
 
     Args:
         planned: The runs of a sweep.
-        swept: Settings that have several values, by dotted key.
-        failed: Name of a run that failed just now -> why.
+        swept: Dotted keys of the settings that have several values.
+        failed: Name of each run that failed this time -> reason.
     """
     found = list_runs(run.folder.path for run in planned if has_begun(run.folder))
     finished = {one.path: one for one in found if one.state == "finished"}
@@ -155,7 +154,7 @@ def report_sweep(planned: list[SweepRun], swept: Sequence[str], failed: dict[str
 
 
 def choose_measure(summaries: list[RunSummary]) -> tuple[str, list[float]]:
-    """What finished runs are compared by: a score that all of them have, or their last loss."""
+    """Choose the measure for comparing finished runs: a score that all of them have, or the last loss."""
     for name in SCORES.values():
         if summaries and all(name in one.scores for one in summaries):
             return f"{name} accuracy (%)", [one.scores[name] for one in summaries]

@@ -1,4 +1,4 @@
-"""The folder of a sweep: which runs are there, and sweep.json, which says with what settings each was asked for."""
+"""The folder of a sweep: the state of its runs, and sweep.json with the requested settings of each."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ MARK, FIGURE, LOCK = "sweep.json", "sweep.png", ".sweep.lock"
 
 
 def state_of(run: SweepRun) -> str:
-    """Finished, running or stopped; a run that has not begun is stopped at step 0."""
+    """State of a run: finished, running or stopped; a run that has not begun counts as stopped."""
     return summarize(run.folder).state if has_begun(run.folder) else "stopped"
 
 
 def claim_runs(planned: list[SweepRun], is_elsewhere: bool = False) -> list[SweepRun]:
-    """Make the folder this sweep's, once all of its runs are checked, and return those that have not finished.
+    """Check all runs, claim the folder for this sweep, and return the unfinished runs.
 
     Args:
         planned: The runs.
         is_elsewhere: As in `check_runs`.
 
     Raises:
-        FileNotFoundError: No data there.
+        FileNotFoundError: The data does not exist.
         ValueError: A run cannot start, its files cannot be read, or the folder is in use.
     """
     out = planned[0].folder.path.parent
@@ -44,7 +44,7 @@ def claim_runs(planned: list[SweepRun], is_elsewhere: bool = False) -> list[Swee
 
 
 def claim_folder(out: Path, planned: list[SweepRun], resolved: Mapping[str, RunSettings]) -> None:
-    """Write the settings of the runs into sweep.json, beside those of earlier ones.
+    """Add the settings of the runs to sweep.json.
 
     Args:
         out: Folder of the sweep.
@@ -52,7 +52,7 @@ def claim_folder(out: Path, planned: list[SweepRun], resolved: Mapping[str, RunS
         resolved: Name of each run -> its settings with every null resolved.
 
     Raises:
-        ValueError: The folder holds something else, or runs with other settings; the message names them.
+        ValueError: The folder contains something else, or runs with different settings; the message names them.
     """
     with lock_file(out / LOCK):
         check_folder(out, planned)
@@ -65,10 +65,10 @@ def claim_folder(out: Path, planned: list[SweepRun], resolved: Mapping[str, RunS
 
 
 def check_folder(out: Path, planned: list[SweepRun]) -> None:
-    """Refuse a folder that holds something else, and runs there that were asked for with other settings.
+    """Refuse a folder that contains something else, or runs there that were requested with different settings.
 
     Raises:
-        ValueError: It does; the message names the entry, or the settings.
+        ValueError: The message names the entry, or the settings.
     """
     if not out.exists():
         return
@@ -83,7 +83,7 @@ def check_folder(out: Path, planned: list[SweepRun]) -> None:
 
 
 def _check_config(run: SweepRun, resolved: RunSettings) -> None:
-    """Refuse a run that sweep.json does not name and whose config.yaml holds other settings than it would have here."""
+    """Refuse a run that is not in sweep.json and whose config.yaml differs from the settings it would get here."""
     asked, here = record_settings(run.settings), record_settings(resolved)
     there = by_dotted_key(run.folder.read_config())
     before = {
@@ -94,7 +94,7 @@ def _check_config(run: SweepRun, resolved: RunSettings) -> None:
 
 
 def _refuse_changes(run: SweepRun, before: dict[str, Any]) -> None:
-    """Refuse a run that began with other settings; one that its version of sslvit did not have was at its default."""
+    """Refuse a run that began with different settings; a setting missing in `before` counts as its default."""
     now, before = record_settings(run.settings), by_dotted_key(_default_values(run.settings)) | before
     changed = [f"{key} {brief(before.get(key))} -> {brief(now.get(key))}"
                for key in before | now if key != "out" and before.get(key) != now.get(key)]  # fmt: skip
@@ -106,13 +106,13 @@ def _refuse_changes(run: SweepRun, before: dict[str, Any]) -> None:
 
 
 def record_settings(settings: RunSettings) -> dict[str, Any]:
-    """Settings by dotted key, as JSON has them."""
+    """Settings by dotted key, as JSON values."""
     found: dict[str, Any] = json.loads(json.dumps(by_dotted_key(asdict(settings))))
     return {key: value for key, value in found.items() if key != "out"}  # the folder may move
 
 
 def _default_values(settings: Any) -> dict[str, Any]:
-    """Nested settings as their classes have them."""
+    """Default values of nested settings."""
     values = {field: getattr(settings, field.name) for field in fields(settings)}
     return {field.name: _default_values(value) if is_dataclass(value) else default_of(field)
             for field, value in values.items()}  # fmt: skip

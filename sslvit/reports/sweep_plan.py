@@ -1,4 +1,4 @@
-"""The runs of a sweep: their settings and names, and what is refused before the first of them starts."""
+"""The runs of a sweep: their settings and names, and the checks before the first run starts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """Name of its folder, which says the swept values."""
+        """Name of the run folder, which contains the swept values."""
         return self.folder.path.name
 
 
@@ -48,10 +48,10 @@ def plan_sweep(
     config: str | Path, data: str | None, out: str | Path, grid: Mapping[str, Sequence[Any]],
     init: str | os.PathLike[str] | None = None,
 ) -> list[SweepRun]:  # fmt: skip
-    """The runs of a sweep, each with settings that are valid by themselves.
+    """Plan the runs of a sweep and validate the settings of each.
 
     Raises:
-        ValueError: A combination is not, or two are the same run; the message names them.
+        ValueError: A combination is invalid, or two are the same run; the message names them.
     """
     given = {"data.shards": data and expand_path(data), "init": init and expand_path(os.fspath(init))}
     given = {key: value for key, value in given.items() if value is not None}
@@ -59,7 +59,7 @@ def plan_sweep(
         if key in grid and (key == "out" or key in given or (data and key == "data.mixture")):
             raise ValueError(f"--{key}: {'--out names the folder of all runs' if key == 'out' else 'given twice'}.")
     planned: dict[str, SweepRun] = {}
-    typed: dict[str, str] = {}  # settings of a run -> its name by the values as they were typed
+    typed: dict[str, str] = {}  # settings of a run -> its name with the values as typed
     for words, changes in combinations(grid).items():
         try:
             settings = read_settings(config, given | changes)
@@ -70,7 +70,7 @@ def plan_sweep(
             raise ValueError(f"sweep: {brief(same)} and {brief(words)} are the same run. Leave one out.")
         values = {key: changes[key] for key in swept_keys(grid)}
         numbers = {key: built[key] for key in values if isinstance(built.get(key), (int, float, list))}
-        name = name_run(values | numbers)  # 0.001, also where 1e-3 was typed
+        name = name_run(values | numbers)  # 0.001 even if 1e-3 was typed
         if name in planned:
             raise ValueError(f"sweep: two runs would be called {brief(name)}. Sweep their values one after the other.")
         folder = RunFolder(Path(expand_path(out)) / name)
@@ -80,7 +80,7 @@ def plan_sweep(
 
 
 def _check_length(planned: list[SweepRun]) -> None:
-    """Refuse recipes that a sweep cannot compare: with labels, or with a length that each run would choose itself."""
+    """Refuse recipes that a sweep cannot compare: supervised ones, and ones without a fixed length."""
     for run in planned:
         train = run.settings.train
         if isinstance(run.settings.task, SupervisedSettings):
@@ -92,18 +92,18 @@ def _check_length(planned: list[SweepRun]) -> None:
 
 
 def check_runs(planned: list[SweepRun], is_elsewhere: bool = False) -> dict[str, RunSettings]:
-    """Refuse what a run would refuse before its first step.
+    """Run the checks that each run would do before its first step.
 
     Args:
         planned: The runs.
-        is_elsewhere: Whether they start as commands or jobs of their own, perhaps with several processes or a GPU.
+        is_elsewhere: Whether they start as separate commands or jobs, perhaps with several processes or on a GPU.
 
     Returns:
-        Name of each run -> its settings with every null resolved, but for the length of a budget.
+        Name of each run -> its settings with every null resolved, except for the length of a run with a time budget.
 
     Raises:
-        FileNotFoundError: No data there, or no encoder to start from; the message names the run.
-        ValueError: It cannot run; the message names it.
+        FileNotFoundError: The data or the initial encoder does not exist; the message names the run.
+        ValueError: A run cannot start; the message names it.
     """
     starts: dict[str, EncoderSettings] = {}
     resolved = {}
@@ -134,7 +134,7 @@ def _check(run: SweepRun, is_elsewhere: bool) -> RunSettings:
     index, plan = open_run_data(settings)
     check_data(settings, index, plan)
     if train.epochs is None and train.steps is None:
-        train = replace(train, epochs=1.0)  # a budget's length is known when its steps have been timed
+        train = replace(train, epochs=1.0)  # with a budget, the length is only known after timing steps
     length = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
     online = settings.online
     if online.train is not None and online.val is not None:
@@ -143,11 +143,11 @@ def _check(run: SweepRun, is_elsewhere: bool) -> RunSettings:
 
 
 def _check_start(run: SweepRun, starts: dict[str, EncoderSettings]) -> None:
-    """Refuse an encoder that a run at step 0 could not start from.
+    """Refuse an initial encoder that does not match the run, unless the run is resumed.
 
     Args:
         run: The run.
-        starts: Name of each encoder that was opened -> its settings.
+        starts: Cache: initial encoder -> its settings.
     """
     init = run.settings.init
     if not init or run.folder.goes_on:

@@ -1,4 +1,4 @@
-"""The runs of a sweep as shell commands, and as an array of SLURM jobs."""
+"""The runs of a sweep as shell commands or as a SLURM job array."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sslvit.reports.sweep_folder import claim_runs
 from sslvit.reports.sweep_plan import SweepRun
 from sslvit.settings.sweep import format_value
 
-MAX_COMMENT = 1000  # characters of a path
-# signals and resumption are those of tools/slurm/pretrain.sbatch
+MAX_COMMENT = 1000  # most characters of a path in a comment
+# signals and resuming work as in tools/slurm/pretrain.sbatch
 SCRIPT = """#!/bin/bash
 # {count} runs of a sweep, each a job of an array; written by `sslvit sweep --slurm`.
 #   sbatch {file}     starts them, or resumes those that stopped
@@ -62,14 +62,14 @@ exit $?
 
 
 def list_commands(planned: list[SweepRun], shared: Sequence[str]) -> list[str]:
-    """A shell command for each run that has not finished, which resumes it where there is a checkpoint.
+    """Make a shell command for each unfinished run, which resumes the run if it has a checkpoint.
 
     Args:
         planned: The runs.
         shared: Options of `sslvit pretrain` that are the same for all runs.
 
     Raises:
-        FileNotFoundError: No data there.
+        FileNotFoundError: The data does not exist.
         ValueError: A run cannot start, or the folder is in use.
     """
     runs = claim_runs(planned, is_elsewhere=True)
@@ -81,7 +81,7 @@ def list_commands(planned: list[SweepRun], shared: Sequence[str]) -> list[str]:
 
 
 def script_sweep(file: str | Path, planned: list[SweepRun], shared: Sequence[str]) -> Path:
-    """Write a script for sbatch that runs each combination that has not finished as a job of an array.
+    """Write an sbatch script that runs each unfinished combination as a job of an array.
 
     Args:
         file: The script.
@@ -89,9 +89,9 @@ def script_sweep(file: str | Path, planned: list[SweepRun], shared: Sequence[str
         shared: Options of `sslvit pretrain` that are the same for all runs.
 
     Raises:
-        FileNotFoundError: No data there.
-        ValueError: A run cannot start, the folder is in use, all runs have finished, or they take different machines,
-            devices or accelerators, which one array cannot have.
+        FileNotFoundError: The data does not exist.
+        ValueError: A run cannot start, the folder is in use, all runs have finished, or the runs need different numbers
+            of nodes or devices or different accelerators, which one array cannot have.
     """
     file, out = Path(file), planned[0].folder.path.parent
     trains = [run.settings.train for run in planned]
@@ -119,10 +119,10 @@ def script_sweep(file: str | Path, planned: list[SweepRun], shared: Sequence[str
 
 
 def format_options(changes: Mapping[str, Any]) -> list[str]:
-    """Settings as words of a command."""
+    """Format settings as command-line options."""
     return [f"--{key}={format_value(value)}" for key, value in changes.items()]
 
 
 def quote_in_comment(text: object) -> str:
-    """Text as one word of a shell on one line, so that it does not leave a comment."""
+    """Quote text as one shell word on one line, so that it cannot end a comment."""
     return shlex.quote(printable(text, MAX_COMMENT))

@@ -1,4 +1,4 @@
-"""What a recipe would feed to a model: images with the boxes of their views, and the views themselves."""
+"""Plot of a recipe's input to its model: images with the boxes of their views, and the views themselves."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from sslvit.settings import RunSettings
 from sslvit.settings.views import TransformSettings
 
 SIDE = 192  # pixels of an image with boxes
-COLORS = ((1.0, 0.6, 0.0), (0.2, 0.75, 1.0))  # of boxes: views of the largest size, and smaller ones
+COLORS = ((1.0, 0.6, 0.0), (0.2, 0.75, 1.0))  # of boxes: for views of the largest size, and for smaller ones
 
 
 def plot_views(settings: RunSettings, source: str, out: str | Path, images: int = 8) -> Path:
-    """Plot images with a box for each view, and below them the views as a run gets them in its first epoch.
+    """Plot images with a box for each view, and below them the views as in the first epoch of a run.
 
     Raises:
         ValueError: One of the images cannot be read.
@@ -41,7 +41,7 @@ def plot_views(settings: RunSettings, source: str, out: str | Path, images: int 
         raise ValueError(f"{source}: {printable(key)} cannot be read ({printable(reason)}).")
     largest = max(view.shape[2] for view in batch.views)
     titles, rows = [], []
-    if not isinstance(settings.data.view, TransformSettings):  # which makes its views without boxes
+    if not isinstance(settings.data.view, TransformSettings):  # whose views have no boxes
         originals = [_decode(reader, int(sample)) for sample in samples]
         sides = np.array([image.shape[:2] for image in originals])
         boxes = views.sample_boxes(sides, samples, epochs)
@@ -56,16 +56,16 @@ def plot_views(settings: RunSettings, source: str, out: str | Path, images: int 
 
 
 def _decode(reader: ShardReader, sample: int) -> np.ndarray:
-    """The pixels of an image, 'h w c'."""
+    """Decode an image to pixels 'h w c'."""
     content = reader.read(sample)
     try:
         return decode_pixels(content, reader.channels, reader.bits, header=reader.header(content))
-    except BadImage as error:  # which its views were made of a moment ago
+    except BadImage as error:  # unlikely, since the views of this image could be made
         raise ValueError(f"{printable(reader.key(sample))} cannot be read ({error}).") from error
 
 
 def _with_boxes(image: np.ndarray, boxes: list[tuple[bool, Boxes]]) -> np.ndarray:
-    """An image 'h w c' on a square with the outlines of boxes, also of those that reach outside: 'c side side'."""
+    """Draw an image 'h w c' with the outlines of boxes, which may reach beyond it, on a square canvas 'c side side'."""
     height, width = image.shape[:2]
     corners = [(box.top[0], box.left[0], box.top[0] + box.height[0], box.left[0] + box.width[0]) for _, box in boxes]
     edges = np.array([(0.0, 0.0, height, width), *corners])
