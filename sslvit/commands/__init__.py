@@ -1,1 +1,1 @@
-"""The commands: each imports what it needs, calls it and prints. Looking at these files costs no torch."""
+"""The commands. Each imports its function when it runs, so that importing these modules does not import torch."""

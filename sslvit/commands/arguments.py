@@ -1,4 +1,4 @@
-"""What was typed -> a command's options: settings may stand anywhere, and whatever is unknown is named."""
+"""Parsing the command line into a command's options; settings may appear anywhere, and errors name unknown words."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from sslvit.settings.run import RunSettings
 from sslvit.settings.typed import read_value
 
 Function = Callable[[Any], int | None]
-MAX_OPTION = 100  # characters that are compared with known options
+MAX_OPTION = 100  # most characters to compare with known options
 
 
 class UnknownCommand(Exception):
-    """A word that is no command."""
+    """A word that is not the name of a command."""
 
 
 def options_class(function: Function) -> type:
-    """The dataclass of a command's options: the annotation of its argument."""
+    """The dataclass of a command's options, which is the type of the function's argument."""
     return next(iter(typing.get_type_hints(function).values()))
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type, has_help: bool = True) -> None:
-    """Give a parser the options of a dataclass: a field is an option with the text below it as its help.
+    """Add the fields of a dataclass to a parser as options, with the string below each field as its help.
 
     Args:
         parser: The parser.
         kind: The dataclass.
-        has_help: Whether the texts are looked up in the sources.
+        has_help: Whether to read the help texts from the source code.
     """
     texts, hints = option_texts(kind) if has_help else {}, hints_of(kind)
     for field in sorted(
@@ -70,17 +70,17 @@ def add_options(parser: argparse.ArgumentParser, kind: type, has_help: bool = Tr
 
 
 def arg_of(hint: Any) -> Arg:
-    """How a field stands on the command line."""
+    """How a field appears on the command line."""
     return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Arg)), Arg("", is_path=False))
 
 
 def is_hidden(hint: Any) -> bool:
-    """Whether a field is no option of its own."""
+    """Whether a field is not an option."""
     return argparse.SUPPRESS in getattr(hint, "__metadata__", ())
 
 
 def types_in(hint: Any) -> list[Any]:
-    """Types of a field's values; of each value where it takes several."""
+    """Types of a field's values; for lists, the types of the elements."""
     return [
         kind
         for one in alternatives(hint)
@@ -89,10 +89,10 @@ def types_in(hint: Any) -> list[Any]:
 
 
 def read_options(parser: argparse.ArgumentParser, kind: type, name: str, arguments: list[str]) -> Any:
-    """A command's options as typed.
+    """Parse a command's options.
 
     Raises:
-        ValueError: An option that there is not, a value that does not fit, or a setting without a value.
+        ValueError: An unknown option, an invalid value, or a setting without a value.
     """
     hints = hints_of(kind)
     words, settings = take_settings(arguments, parser._option_string_actions)
@@ -115,7 +115,7 @@ def read_options(parser: argparse.ArgumentParser, kind: type, name: str, argumen
 
 
 def read_option(hint: Any, value: Any, option: str) -> Any:
-    """The words of an option as its field wants them: text as it is, all else as YAML reads it."""
+    """Convert an option's words to its field's type: text is kept as it is, everything else is parsed as YAML."""
     if choice_of(hint):
         return value
     kinds = types_in(hint)
@@ -127,10 +127,10 @@ def read_option(hint: Any, value: Any, option: str) -> Any:
 
 
 def find_command(commands: Mapping[str, Function], arguments: list[str]) -> tuple[str, list[str]]:
-    """The command that is meant and what was typed behind it; none before --help.
+    """Split arguments into the command's name and the rest; the name is empty if --help or --version comes first.
 
     Raises:
-        UnknownCommand: There is none of that name; the message names the nearest.
+        UnknownCommand: There is no such command; the message suggests the most similar one.
     """
     name, rest = "", list(arguments)
     while rest and name not in commands:
@@ -147,22 +147,22 @@ def find_command(commands: Mapping[str, Function], arguments: list[str]) -> tupl
 
 
 def hint_for_option(word: str, parser: argparse.ArgumentParser) -> str:
-    """The option that a word nearly is, as a sentence."""
+    """Suggest the option most similar to a word, as a sentence."""
     near = difflib.get_close_matches(word[:MAX_OPTION], parser._option_string_actions, n=1, cutoff=0.7)
     return f" Did you mean {near[0]}?" if near else ""
 
 
 def _names_of_settings() -> set[str]:
-    """Names of all settings of a recipe without their sections, and what other libraries call them."""
+    """Names of all recipe settings without their sections, and their names in other libraries."""
     records = [record for choice in choices_in(RunSettings).values() for record in choice.records.values()]
     names = {key.rpartition(".")[2] for key in known_keys(RunSettings)}
     return names.union(*USUAL_NAMES.values(), *map(hints_of, records))
 
 
 def take_settings(arguments: list[str], known: Container[str]) -> tuple[list[str], list[str]]:
-    """Words for argparse, and settings with their values, wherever those stand.
+    """Separate words for argparse from settings with their values, which may appear anywhere.
 
-    A setting always takes one value, so what follows that is never taken for it, nor it for a positional argument.
+    A setting always takes one value, so the value is never mistaken for a positional argument, or the reverse.
     """
     words, settings, left = [], [], deque(arguments)
     while left:
@@ -180,7 +180,7 @@ def take_settings(arguments: list[str], known: Container[str]) -> tuple[list[str
 
 
 def read_changes(rest: list[str], read: Callable[[str], Any] = read_value) -> dict[str, Any]:
-    """--encoder.width 192 --train.steps=5 -> {"encoder.width": 192, "train.steps": 5}; `read` reads a value."""
+    """Parse --encoder.width 192 --train.steps=5 to {"encoder.width": 192, "train.steps": 5}; `read` parses values."""
     changes: dict[str, Any] = {}
     words = iter(rest)
     for word in words:
@@ -192,7 +192,7 @@ def read_changes(rest: list[str], read: Callable[[str], Any] = read_value) -> di
             value = next(words, None)
         if value is None or value.startswith("--"):
             raise ValueError(f"--{brief(key)}: no value given.")
-        changes.pop(key, None)  # what is said again counts where it is said last
+        changes.pop(key, None)  # a repeated setting counts at its last position
         try:
             changes[key] = read(value)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Scores and pictures of an encoder."""
+"""Commands that score encoders and plot pictures of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def load_scored(options: CroppedEncoder) -> Encoder:
-    """The encoder that a command scores, with the crop and the size that were asked for."""
+    """Load the encoder to score, with the requested crop and size."""
     from sslvit.checkpoint import load_encoder
     from sslvit.evaluate.encoders import open_encoder
 
@@ -43,7 +43,7 @@ class ProbeOptions(Saved, CroppedEncoder, ProbeSettings):
     layers: str | None = None
     """Blocks to score side by side and to plot: all, or numbers such as 1,4,8."""
     figure: Annotated[str | None, File] = None
-    """PNG file for --layers; null for layers.png in ENCODER/figures, or here where there is no such folder."""
+    """PNG file for --layers; null for layers.png in ENCODER/figures, or in this folder if that does not exist."""
 
 
 def run_probe(options: ProbeOptions) -> None:
@@ -114,9 +114,9 @@ class HealthOptions(Saved, Passes, UnreadableImages, Readout, CroppedEncoder):
     """
 
     data: Annotated[str, Arg("SHARDS", position=2)]
-    """Images, with labels or without."""
+    """Images, with or without labels."""
     images: int = 5000
-    """Number of images, evenly spaced."""
+    """Number of images to use, evenly spaced."""
     seed: int = 0
     """Seed of the crops and of the untrained weights."""
 
@@ -139,16 +139,16 @@ class SegmentOptions(Saved, Passes, CroppedEncoder):
     """
 
     train: Annotated[str, Arg("FOLDER")]
-    """Folder with images/NAME.jpg and masks/NAME.png that the linear map is fitted on."""
+    """Folder with images/NAME.jpg and masks/NAME.png, used to fit the linear map."""
     val: Annotated[str, Arg("FOLDER")]
-    """Folder of the same kind that is scored."""
+    """Folder of the same kind, used to compute the scores."""
     batch: int = 16
     baselines: bool = True
     """Also score raw pixels and the same architecture with untrained weights."""
     seed: int = 0
-    """Seed of the untrained weights and of the held-out images."""
+    """Seed of the untrained weights and of the choice of held-out images."""
     allow_same_data: bool = False
-    """Take the same images for both sets, whose scores say nothing of other images."""
+    """Allow the same images in both sets; the scores then say nothing about other images."""
     figure: Annotated[str | None, File] = None
     """PNG file for images, masks and predictions."""
 
@@ -168,9 +168,9 @@ def run_segment(options: SegmentOptions) -> None:
 
 @dataclass(kw_only=True)
 class ShowOptions(Recipe, Reported, CroppedEncoder):
-    """Plot what an encoder does with images, or what a recipe would do.
+    """Plot an encoder's attention, features or reconstructions, or a recipe's views or schedule.
 
-    For views and schedule, settings of the recipe are given as --KEY VALUE.
+    For views and schedule, settings of the recipe can be changed by --KEY VALUE.
 
     Example: sslvit show neighbors runs/dino photos -o neighbors.png
     """
@@ -179,25 +179,25 @@ class ShowOptions(Recipe, Reported, CroppedEncoder):
         Literal["attention", "distance", "field", "neighbors", "pca", "similarity", "reconstruct", "views", "schedule"],
         Arg("WHAT", position=-1),
     ]
-    """What to plot: attention (of the class token), distance (of each head's attention), field (the pixels that reach
-    a patch), neighbors (the images whose features are nearest), pca (principal components of the patches' features as
-    colors), similarity (of one patch's features to those of all patches), reconstruct (what a run of MAE makes of the
-    patches that it sees), views (what a recipe, in the place of the encoder, feeds to its model) or schedule (a
-    recipe's learning rate and whatever else it changes over the epochs)."""
+    """What to plot: attention (of the class token), distance (of each head's attention), field (receptive field of a
+    patch), neighbors (images with the nearest features), pca (principal components of the patches' features as
+    colors), similarity (of one patch's features to those of all patches), reconstruct (an MAE run's reconstruction
+    from visible patches), views (a recipe's input to its model; give the recipe instead of an encoder) or schedule (a
+    recipe's learning rate and other scheduled values over the epochs)."""
     data: Annotated[str | None, Arg("SHARDS", position=2)] = None
-    """Shards, or a folder of images; a schedule needs none where the recipe gives its batch and its epochs."""
+    """Shards, or a folder of images; not needed for a schedule if the recipe specifies batch size and epochs."""
     images: int | None = None
     """Number of images, evenly spaced; null for 8."""
     among: int | None = None
-    """Number of images, evenly spaced, among which neighbors are searched; null for 1,000."""
+    """Number of evenly spaced images in which neighbors are searched; null for 1,000."""
     patch: Annotated[str | None, Arg("ROW,COLUMN")] = None
-    """Patch whose similarity is shown, from 0,0 at the top left; null for the middle one."""
+    """Patch for similarity, counted from 0,0 at the top left; null for the middle one."""
     output: Annotated[str | None, Output] = None
-    """PNG file; null for WHAT.png in ENCODER/figures, or here where there is no such folder."""
+    """PNG file; null for WHAT.png in ENCODER/figures, or in this folder if that does not exist."""
 
 
 def run_show(options: ShowOptions) -> None:
-    """Plot what an encoder does, and print where the picture is."""
+    """Plot a picture, and print its path."""
     out = options.output and Path(options.output)
     if not out:
         folder = Path(options.encoder) / "figures"
@@ -208,7 +208,7 @@ def run_show(options: ShowOptions) -> None:
     check_new_picture(out)
     from sslvit.reports.show import show
 
-    is_run = options.what in ("reconstruct", "views", "schedule")  # which need more than an encoder
+    is_run = options.what in ("reconstruct", "views", "schedule")  # not possible with an encoder alone
     for key in ("heads", "layout", "weights", "image_size", "palette") if is_run else ():
         if getattr(options, key, None) is not None:
             of_released = " A released MAE is opened from Python: sslvit.show('reconstruct', load_mae(FILE), IMAGES)."
@@ -230,19 +230,19 @@ def run_show(options: ShowOptions) -> None:
 
 @dataclass(kw_only=True)
 class EmbedOptions(Reported, Passes, UnreadableImages, BlocksReadout, CroppedEncoder):
-    """Write features of images as arrays in one .npz file.
+    """Write features of images to an .npz file.
 
     Example: sslvit embed runs/dino photos -o features.npz
     """
 
     data: Annotated[str, Arg("IMAGES", position=2)]
-    """Shards or a folder, with labels or without."""
+    """Shards or a folder of images, with or without labels."""
     output: Annotated[str, Output]
-    """File for the features, which ends in .npz."""
+    """File for the features, with the suffix .npz."""
 
 
 def run_embed(options: EmbedOptions) -> None:
-    """Write features, and print what is in the file."""
+    """Write features, and print the content of the file."""
     check_new_arrays(options.output)
     from sslvit.evaluation import embed
 
@@ -261,14 +261,14 @@ class BenchOptions(Reported, Recipe):
     """
 
     config: Annotated[str, Arg("CONFIG", position=1)]
-    """YAML file, or the name of one that comes with sslvit, such as cifar10; `sslvit recipes` lists them."""
+    """YAML file, or the name of one included in sslvit, such as cifar10; `sslvit recipes` lists them."""
 
 
 def run_bench(options: BenchOptions) -> None:
     """Fill the tables, and print them."""
     from sslvit.settings.bench import check_sources, load_bench
 
-    check_sources(load_bench(options.config, options.changes))  # before torch, whose import takes seconds
+    check_sources(load_bench(options.config, options.changes))  # before importing torch, which takes seconds
     from sslvit.reports.bench import bench
 
     made = bench(options.config, **options.changes)

@@ -1,4 +1,4 @@
-"""Encoders from and to other libraries."""
+"""Importing encoders from other libraries and exporting to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sslvit.settings.choices import Arg
 
 @dataclass(kw_only=True)
 class ExportOptions(Reported, Encoder):
-    """Export an encoder for another library, and compare it there.
+    """Export an encoder for another library, and verify that its outputs match there.
 
     Example: sslvit export runs/mae exports/timm --format timm
     """
@@ -21,28 +21,28 @@ class ExportOptions(Reported, Encoder):
     out: Annotated[str, Arg("OUT", position=2)]
     """Folder for the export."""
     format: str
-    """Library or file format: timm, transformers, onnx, torch (a program of torch.export), safetensors, or what
-    a plugin brings, PACKAGE.MODULE:NAME."""
+    """Library or file format: timm, transformers, onnx, torch (a torch.export program), safetensors, or a plugin's
+    format, PACKAGE.MODULE:NAME."""
     outputs: Literal["tokens", "features", "logits", "reconstruction"] = "features"
-    """Output: the encoder's tokens, pooled features, a classifier's logits, or the patches that a run of MAE predicts
-    (its decoder included; --format transformers)."""
+    """Output: the encoder's tokens, pooled features, a classifier's logits, or the patches that an MAE run predicts
+    (includes its decoder; --format transformers only)."""
     size: Literal["fixed", "dynamic"] | None = None
-    """Image sizes that the export takes; null for dynamic with timm and transformers where they interpolate positions
-    as this encoder does, otherwise fixed."""
+    """Image sizes that the export accepts; null for dynamic with timm and transformers if they interpolate positions
+    like this encoder, otherwise fixed."""
     scores: Annotated[list[str], File] = field(default_factory=list)
-    """Files of scores for the model card, as `probe -o` writes them."""
+    """Files with scores for the model card, as written by `probe -o`."""
     license: str | None = None
-    """License on the model card, as the Hugging Face hub writes it: apache-2.0, mit, cc-by-nc-4.0."""
+    """License on the model card, by its identifier on the Hugging Face hub: apache-2.0, mit, cc-by-nc-4.0."""
     push: Annotated[str | None, Arg("ORG/NAME")] = None
-    """Model on the Hugging Face hub that gets the export as a commit; made if there is none of that name."""
+    """Model on the Hugging Face hub to which the export is committed; created if it does not exist."""
     private: bool = False
-    """Make a new model on the hub visible to its owners alone."""
+    """Create a new model on the hub as private."""
     overwrite: bool = False
-    """Replace an earlier export there, with --push also files of the same names on the hub."""
+    """Replace an earlier export in the folder and, with --push, files of the same names on the hub."""
 
 
 def run_export(options: ExportOptions) -> None:
-    """Export an encoder, and print how near it comes to the original."""
+    """Export an encoder, and print the difference between its outputs and the original's."""
     from sslvit.api import export
 
     given = {"layout": options.layout, "heads": options.heads, **foreign_overrides(options)}

@@ -1,4 +1,4 @@
-"""Options that several commands have. A command's options are a dataclass; its docstring and fields are its help."""
+"""Options shared by several commands. A command's options are a dataclass, whose docstrings are the help texts."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ class Options:
     """Options of every command."""
 
     quiet: bool = False
-    """Say warnings and errors only, and show no progress."""
+    """Print only warnings and errors, and no progress."""
     traceback: bool = False
-    """Show where an error came from."""
+    """Print the traceback of an error."""
     plugin: Annotated[str | None, Arg("MODULE")] = None
-    """Module or .py file of your own whose tasks, views, tokenizers and exporters may be named by import path; separate
-    several by commas.
-    """
+    """Your own module or .py file, whose tasks, views, tokenizers and exporters can then be named by import path;
+    separate several by commas."""
 
 
 @dataclass(kw_only=True)
 class Reported(Options):
-    """Options of a command whose result is numbers."""
+    """Options of a command that reports a result."""
 
     json: bool = False
-    """Print the result as one JSON document, and all messages on stderr."""
+    """Print the result as one JSON document on stdout, and all messages on stderr."""
 
 
 @dataclass(kw_only=True)
 class Saved(Reported):
-    """The same, where the numbers may be kept in a file."""
+    """Options of a command that can also write its result to a file."""
 
     output: Annotated[str | None, Output] = None
     """File for the result as JSON."""
@@ -45,7 +44,7 @@ class Saved(Reported):
 
 @dataclass(kw_only=True)
 class Recipe(Options):
-    """Options of a command that takes settings of a recipe as --KEY VALUE."""
+    """Options of a command that accepts settings of a recipe as --KEY VALUE."""
 
     changes: Annotated[dict[str, Any], argparse.SUPPRESS] = field(default_factory=dict)
 
@@ -62,24 +61,24 @@ class Resumable(Reported, Recipe):
 
 @dataclass(kw_only=True)
 class Released:
-    """What a released file does not tell."""
+    """Settings that a released file does not include."""
 
     heads: int | None = None
-    """Number of attention heads of a released file, which does not tell it."""
+    """Number of attention heads, which a released file does not include."""
     image_size: Annotated[list[int] | None, Arg(("HEIGHT", "WIDTH"))] = None
-    """Image size in pixels that a released file was trained at."""
+    """Image size in pixels at which a released file was trained."""
     palette: Annotated[str | None, File] = None
-    """Colors of a released iGPT, which its file does not hold."""
+    """Colors of a released iGPT, which its file does not include."""
 
 
 @dataclass(kw_only=True)
 class FromFile(Released):
-    """How a file of weights is read."""
+    """How to read a file of weights."""
 
     layout: Layout | None = None
-    """Layout of a released file; null for the one that its names tell."""
+    """Layout of a released file; null for the one recognized by its parameter names."""
     weights: str | None = None
-    """Which network of a file with several, such as student or model_ema."""
+    """Which of several networks in a file to load, such as student or model_ema."""
 
 
 @dataclass(kw_only=True)
@@ -92,9 +91,9 @@ class Encoder(FromFile):
 
 @dataclass(kw_only=True)
 class CroppedEncoder(Encoder):
-    """An encoder that sees images."""
+    """An encoder with its input crop and size."""
 
     crop_fraction: float | None = None
-    """Fraction of the center crop's sides that is seen, 224 of 256: 0.875; null for the encoder's own."""
+    """Side of the center crop as a fraction of the image's, 224 of 256: 0.875; null for the encoder's own."""
     size: Annotated[str | None, Arg("SIDE|HxW", is_path=False)] = None
-    """Size in pixels that images are seen at, 64 or 48x64; positions are interpolated; null for the encoder's own."""
+    """Input size in pixels, 64 or 48x64, for which positions are interpolated; null for the encoder's own."""

@@ -1,4 +1,4 @@
-"""Shards and palettes: pack, index, check, info, palette."""
+"""Commands for shards and palettes: pack, index, check, info, palette."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sslvit.settings.pack import IndexOptions, PackSettings, SourceOptions
 
 @dataclass(kw_only=True)
 class Parallel:
-    """Work in processes."""
+    """Options of a command that works in several processes."""
 
     workers: int | None = None
     """Number of processes; null for one per core."""
@@ -22,10 +22,10 @@ class Parallel:
 
 @dataclass(kw_only=True)
 class ShardsArg:
-    """Shards that are there."""
+    """Existing shards."""
 
     shards: Annotated[str, Arg("SHARDS", position=1)]
-    """Folder, pattern or address of shards."""
+    """Folder, pattern or URL of shards."""
 
 
 @dataclass(kw_only=True)
@@ -36,24 +36,24 @@ class PackOptions(Reported, Parallel, SourceOptions, PackSettings):
     """
 
     source: Annotated[str, Arg("SRC", position=1)]
-    """Images in class folders, or side by side without labels; shards; a list (.csv, .tsv, .jsonl) with a column path
-    and perhaps label; an array (.npy, .npz); an IDX file; a data set of Hugging Face, hf:NAME or a folder of
-    save_to_disk; one of torchvision, such as torchvision:CIFAR100 with --root FOLDER."""
+    """Images in class folders, or in one folder without labels; shards; a list (.csv, .tsv, .jsonl) with a column
+    "path" and optionally "label"; an array (.npy, .npz); an IDX file; a Hugging Face data set, hf:NAME or a folder
+    written by save_to_disk; a torchvision data set, such as torchvision:CIFAR100 with --root FOLDER."""
     destination: Annotated[str, Arg("DST", position=2)]
     """Folder for the shards."""
     holdout: float = 0.0
-    """Fraction of each class, its last images, that goes into DST/val; the rest goes into DST/train."""
+    """Fraction of each class to write to DST/val, taken from its last images; the rest goes to DST/train."""
     part: Annotated[str | None, Arg("I/N", is_path=False)] = None
-    """Write the I-th of N parts only, as one machine of several."""
+    """Write only the I-th of N parts, to pack on several machines."""
     only: Annotated[str | None, File] = None
-    """File with the names of the images that are taken, one a line, as shards check --write makes it for SRC, which are
-    shards."""
+    """File with the names of the images to take, one per line, as written by shards check --write; SRC must be shards.
+    """
     overwrite: bool = False
     """Replace shards that are already there."""
 
 
 def run_pack(options: PackOptions) -> None:
-    """Pack images, and print what is in the shards."""
+    """Pack images, and print the content of the shards."""
     from sslvit.shards import pack
 
     given = vars(only(PackSettings, options)) | vars(only(SourceOptions, options))
@@ -67,19 +67,19 @@ def run_pack(options: PackOptions) -> None:
 
 @dataclass(kw_only=True)
 class IndexShardsOptions(Reported, Parallel, IndexOptions, ShardsArg):
-    """Index shards that others wrote, or join the parts of a packing.
+    """Index shards written by other tools, or join the parts of a packing.
 
     Example: sslvit shards index shards/laion --labels json
     """
 
     merge: bool = False
-    """Join what `shards pack --part` wrote."""
+    """Join the parts written by `shards pack --part`."""
     overwrite: bool = False
-    """Replace shards that are already there; for --merge."""
+    """With --merge, replace shards that are already there."""
 
 
 def run_index(options: IndexShardsOptions) -> None:
-    """Index shards, or join the parts of a packing, and print what is in them."""
+    """Index shards, or join the parts of a packing, and print their content."""
     from sslvit.data.inspect import Packing
     from sslvit.data.scan import index_shards
     from sslvit.data.unfinished import finish_packing
@@ -97,20 +97,20 @@ def run_index(options: IndexShardsOptions) -> None:
 class CheckOptions(Reported, Parallel, ShardsArg):
     """Verify checksums and decode everything; the exit code is 1 if something is wrong.
 
-    With --near-duplicates ENCODER it also finds images whose features are nearly the same. Nothing is deleted: --write
-    lists what to keep, for sslvit shards pack --only.
+    With --near-duplicates ENCODER, also find images with nearly the same features. Nothing is deleted: --write lists
+    the images to keep, for sslvit shards pack --only.
 
     Example: sslvit shards check shards/photos/train --near-duplicates runs/photos --write keep.txt
     """
 
     near_duplicates: Annotated[str | None, Arg("ENCODER")] = None
-    """Encoder by whose features near-duplicates are found: a run folder, encoder folder or checkpoint file."""
+    """Encoder whose features are used to find near-duplicates: a run folder, encoder folder or checkpoint file."""
     threshold: float = 0.99
-    """Least cosine similarity of two near-duplicates."""
+    """Smallest cosine similarity of near-duplicates."""
     against: Annotated[str | None, Arg("SHARDS")] = None
-    """Shards whose images must not be among these, such as a validation set."""
+    """Shards whose images must not be in SHARDS, such as a validation set."""
     write: Annotated[str | None, File] = None
-    """File for the names of the images to keep: one of each group, none that is among those of --against."""
+    """File for the names of the images to keep: one of each group, and none with a near-duplicate in --against."""
     figure: Annotated[str | None, File] = None
     """PNG file for the largest groups."""
 
@@ -129,17 +129,17 @@ def run_check(options: CheckOptions) -> int:
 
 @dataclass(kw_only=True)
 class InfoOptions(Reported, ShardsArg):
-    """Print what is in shards, and what a job on them needs.
+    """Print the content of shards, and the requirements of a job that reads them.
 
     Example: sslvit shards info shards/photos/train --global-batch-size 4096
     """
 
     global_batch_size: int | None = None
-    """Images per optimizer step; null for up to 4096, without a count of steps."""
+    """Images per optimizer step; null for up to 4096, without a number of steps."""
 
 
 def run_info(options: InfoOptions) -> None:
-    """Print what is in shards."""
+    """Print the content of shards."""
     from sslvit.data.inspect import describe_shards, shards_content
     from sslvit.shards import find_shards
 
@@ -149,7 +149,7 @@ def run_info(options: InfoOptions) -> None:
 
 @dataclass(kw_only=True)
 class PaletteOptions(Reported):
-    """Fit a palette of few colors for pixel sequences on images.
+    """Fit a color palette to images, for encoders of pixel sequences (iGPT).
 
     Example: sslvit palette shards/photos/train -o palette.json --colors 64
     """
@@ -157,17 +157,17 @@ class PaletteOptions(Reported):
     data: Annotated[str, Arg("SHARDS", position=1)]
     """Shards, or a folder of images."""
     output: Annotated[str, Arg("FILE", flag="-o")]
-    """File for the palette as JSON; FILE.png shows it."""
+    """JSON file for the palette; a picture is written next to it as .png."""
     colors: int | None = None
     """Number of colors; null for 512, or 8 for gray images."""
     image_size: int = 32
-    """Side in pixels of the images that the encoder will see."""
+    """Side in pixels of the encoder's input images."""
     seed: int = 0
     """Seed of the fit."""
 
 
 def run_palette(options: PaletteOptions) -> None:
-    """Fit a palette, and print how well it fits."""
+    """Fit a palette, and print its error."""
     from sslvit.shards import fit_palette
 
     made = fit_palette(

@@ -1,4 +1,4 @@
-"""Models of pixels: sampling and likelihood."""
+"""Commands for pixel models: sampling and likelihood."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class PixelModel(Released):
-    """A model of pixels."""
+    """A pixel model."""
 
     run: Annotated[str, Arg("RUN", position=1)]
     """Run folder or checkpoint of an iGPT run, or a released file."""
     device: Device = "auto"
-    """Device of the model; auto is a GPU where there is one."""
+    """Device of the model; auto is a GPU if there is one."""
 
 
 @dataclass(kw_only=True)
 class SampleOptions(Reported, PixelModel, SampleSettings):
-    """Sample images from a model of pixels, or complete given ones.
+    """Sample images from a pixel model, or complete given ones.
 
     Example: sslvit sample runs/igpt --complete shards/val --given 0.5
     """
@@ -37,17 +37,17 @@ class SampleOptions(Reported, PixelModel, SampleSettings):
     complete: Annotated[str | None, Arg("IMAGES")] = None
     """Shards or a folder of images to complete."""
     given: float | None = None
-    """Fraction of each image that is given, from the top; null for 0.5."""
+    """Fraction of each image to keep, from the top; null for 0.5."""
     draws: int | None = None
     """Completions of each image; null for 3."""
     count: int | None = None
     """Number of images; null for 16, or 8 to complete."""
     output: Annotated[str | None, Output] = None
-    """PNG file; null for one below RUN/figures."""
+    """PNG file; null for one in RUN/figures."""
 
 
 def run_sample(options: SampleOptions) -> None:
-    """Sample or complete images, and print where the picture is."""
+    """Sample or complete images, and print the picture's path."""
     check_bounds(options, "--", "1 or more", "count", "draws")
     out = options.output and Path(options.output)
     if not out:
@@ -72,15 +72,15 @@ def run_sample(options: SampleOptions) -> None:
 
 @dataclass(kw_only=True)
 class LikelihoodOptions(Saved, PixelModel, ForwardPasses, UnreadableImages):
-    """Measure nats per pixel of an iGPT run, beside n-gram baselines.
+    """Measure nats per pixel of an iGPT run, next to n-gram baselines.
 
     Example: sslvit likelihood runs/igpt --train shards/train --val shards/val
     """
 
     train: Annotated[str, Arg("SHARDS")]
-    """Images that the baselines count colors on."""
+    """Images on which the baselines count colors."""
     val: Annotated[str, Arg("SHARDS")]
-    """Images that are scored."""
+    """Images to score."""
     batch: int = 16
 
 
@@ -97,7 +97,7 @@ def run_likelihood(options: LikelihoodOptions) -> None:
 
 
 def load_task(options: PixelModel) -> IGPTModel:
-    """An iGPT with its output matrix, on the device asked for."""
+    """Load an iGPT model with its output layer onto the requested device."""
     from sslvit.environment import pick_device
     from sslvit.tasks.released import load_igpt
 

@@ -1,4 +1,4 @@
-"""Several runs: list them, or make them from a grid of settings."""
+"""Commands for runs: list, branch, report and sweep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sslvit.settings.choices import Arg
 from sslvit.settings.data import one_source
 from sslvit.settings.sweep import combinations, read_values
 
-Names = list[str]  # under another name, as an option is called list
+Names = list[str]  # an alias, since a field named list hides the type
 
 
 @dataclass(kw_only=True)
@@ -24,9 +24,9 @@ class RunsOptions(Reported):
     """
 
     folders: Annotated[list[str], Arg("FOLDER", position=1)]
-    """Folders that are searched at any depth."""
+    """Folders to search for runs at any depth."""
     csv: Annotated[str | None, File] = None
-    """File for the same as lines of values."""
+    """CSV file for the table."""
 
 
 def run_runs(options: RunsOptions) -> None:
@@ -42,21 +42,21 @@ def run_runs(options: RunsOptions) -> None:
 
 @dataclass(kw_only=True)
 class BranchOptions(Reported):
-    """Copy a run as it was at a checkpoint into a new folder, to resume it with another length or other settings.
+    """Copy a run at one of its checkpoints to a new folder, to resume it with another length or other settings.
 
     Example: sslvit branch runs/mae --step 6400 --out runs/mae-8000
     """
 
     run: Annotated[str, Arg("RUN", position=1)]
-    """Run folder, which is left as it is."""
+    """Run folder, which is not changed."""
     out: Annotated[str, Arg("FOLDER")]
     """Folder of the new run."""
     step: int | None = None
-    """Step of the checkpoint; null for the last one. train.keep_every keeps more of them."""
+    """Step of the checkpoint; null for the last one. Set train.keep_every to keep earlier checkpoints."""
 
 
 def run_branch(options: BranchOptions) -> None:
-    """Copy it, and print how to go on."""
+    """Copy a run, and print the command that resumes the copy."""
     from sslvit.train.branch import branch
 
     new = branch(options.run, options.out, options.step)
@@ -73,12 +73,12 @@ class ReportOptions(Reported):
     runs: Annotated[list[str], Arg("RUN", position=1)]
     """Run folders; the curves of several are plotted together."""
     output: Annotated[str | None, Output] = None
-    """HTML file; null for report.html in the run's folder, or in this one for several runs. An earlier page there is
-    replaced."""
+    """HTML file; null for report.html in the run's folder, or in the current folder for several runs. An earlier page
+    is replaced."""
 
 
 def run_report(options: ReportOptions) -> None:
-    """Write the page, and print where it is."""
+    """Write the page, and print its path."""
     from sslvit.train.report import report as write
 
     page = write(options.runs, options.output)
@@ -87,11 +87,11 @@ def run_report(options: ReportOptions) -> None:
 
 @dataclass(kw_only=True)
 class SweepOptions(Reported, Recipe):
-    """Pretrain by a recipe with each combination of some settings, one run after the other.
+    """Pretrain with each combination of some settings of a recipe, one run after another.
 
-    Settings are given as --KEY VALUE, and several values with commas: --encoder.depth 2,4. A value that is a list
-    stands in brackets, --optim.betas [0.9,0.95],[0.9,0.999], and text with a comma in quotes. Runs that finished
-    earlier are left as they are, and those that stopped go on. --online.train SHARDS --online.val SHARDS scores each.
+    Settings are given as --KEY VALUE, and several values are separated by commas: --encoder.depth 2,4. Lists are
+    written in brackets, --optim.betas [0.9,0.95],[0.9,0.999], and text that contains a comma in quotes. Finished runs
+    are kept, and stopped runs are resumed. --online.train SHARDS --online.val SHARDS scores each run.
 
     Example: sslvit sweep mae/digits --data shards/digits --out runs/depth --encoder.depth 2,4 --train.steps 10
     """
@@ -103,17 +103,17 @@ class SweepOptions(Reported, Recipe):
     data: Annotated[Names | None, Arg("SHARDS")] = None
     """Folder of images or shards, or several .tar files; null for the recipe's data.shards."""
     out: Annotated[str, Arg("FOLDER")] = "runs/sweep"
-    """Folder for the run folders, which are named by the swept values."""
+    """Folder for the run folders, which are named after the swept values."""
     init: Annotated[str | None, Arg("ENCODER")] = None
-    """Encoder whose weights are the initialization of each run; null for the recipe's."""
+    """Encoder whose weights initialize each run; null for the recipe's."""
     list: bool = False
-    """Print a shell command for each run that has not finished, and run none."""
+    """Print a shell command for each unfinished run instead of training."""
     slurm: Annotated[str | None, File] = None
-    """Write a script for sbatch that runs each combination as a job of an array, and run none."""
+    """Write an sbatch script that runs each unfinished combination as a job of an array, instead of training."""
 
 
 def run_sweep(options: SweepOptions) -> int:
-    """Train the runs, or say how; returns the exit code."""
+    """Train the runs, or write the commands for them; returns the exit code."""
     check_new(options.slurm)
     if options.list and options.slurm:
         raise ValueError("--list and --slurm exclude each other: commands on the screen, or a script?")

@@ -1,4 +1,4 @@
-"""Training: the demo, pretraining, fine-tuning, and what a recipe may say."""
+"""Commands for training: demo, pretrain, finetune, resume, plan, replay, recipes and settings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sslvit.settings.load import check_changes, load_recipe, takes_init
 if TYPE_CHECKING:
     from sslvit.train.folder import RunFolder
 
-NO_ENCODER = "none"  # in the place of ENCODER
+NO_ENCODER = "none"  # instead of ENCODER
 
 
 @dataclass(kw_only=True)
 class DemoOptions(Recipe):
-    """Run the whole journey on real images, in minutes on a CPU.
+    """Run the whole workflow on real images, in minutes on a CPU.
 
     Settings of the recipes are given as --KEY VALUE, e.g. --train.epochs 10.
 
@@ -32,7 +32,7 @@ class DemoOptions(Recipe):
     data: Literal["digits", "cifar10"] = "digits"
     """Data set."""
     archive: Annotated[str | None, Arg("FILE")] = None
-    """Local archive of cifar10; null for a download."""
+    """Local archive of CIFAR-10; null for a download."""
     out: Annotated[str, Arg("FOLDER")] = "runs/demo"
     """Folder for all results."""
     seed: int = 0
@@ -53,7 +53,7 @@ def run_demo(options: DemoOptions) -> None:
 
 @dataclass(kw_only=True)
 class PretrainOptions(Resumable):
-    """Pretrain an encoder by a recipe.
+    """Pretrain an encoder with a recipe.
 
     Settings of the recipe are given as --KEY VALUE, e.g. --train.epochs 10; `sslvit settings` lists them all.
 
@@ -67,11 +67,11 @@ class PretrainOptions(Resumable):
     out: Annotated[str | None, Arg("FOLDER")] = None
     """Run folder; null for the recipe's."""
     init: Annotated[str | None, Arg("ENCODER")] = None
-    """Encoder whose weights are the initialization; null for the recipe's."""
+    """Encoder whose weights initialize the run; null for the recipe's."""
 
 
 def check_recipe(config: str, changes: dict[str, Any]) -> None:
-    """Say whatever is wrong with a recipe and its changes before torch is imported."""
+    """Validate a recipe and its changes before torch is imported."""
     (check_changes if takes_init(config, changes) else load_recipe)(config, changes)
 
 
@@ -87,7 +87,7 @@ def run_pretrain(options: PretrainOptions) -> None:
 
 
 def report_run(options: Reported, folder: RunFolder) -> None:
-    """Print the scores of a fine-tuning; with --json what the run folder of any training holds."""
+    """Print the scores of a fine-tuning run; with --json, the content of any run folder."""
     from sslvit.ranks import is_first_rank
 
     if is_first_rank() and (options.json or folder.scores.exists()):
@@ -96,7 +96,7 @@ def report_run(options: Reported, folder: RunFolder) -> None:
 
 @dataclass(kw_only=True)
 class FinetuneOptions(Resumable):
-    """Fine-tune an encoder with labels, or train its architecture, or a CNN, from scratch.
+    """Fine-tune an encoder with labels, or train its architecture or a CNN from scratch.
 
     Settings of the recipe are given as --KEY VALUE, e.g. --train.epochs 10; `sslvit settings` lists them all.
 
@@ -104,19 +104,19 @@ class FinetuneOptions(Resumable):
     """
 
     encoder: Annotated[str, Arg("ENCODER", position=1)]
-    """Run folder, encoder folder, checkpoint file, or a network such as torchvision:resnet18; none for the encoder that
-    the recipe describes, from random weights.
+    """Run folder, encoder folder, checkpoint file, or a network such as torchvision:resnet18; none for the recipe's
+    own encoder from random weights.
     """
     train: Annotated[str, Arg("SHARDS")]
     """Labeled shards to train on."""
     val: Annotated[str, Arg("SHARDS")]
-    """Labeled shards that are scored."""
+    """Labeled shards to score on."""
     out: Annotated[str, Arg("FOLDER")]
     """Run folder."""
     config: Annotated[str, Arg("RECIPE")] = "finetune/small_images"
     """YAML file, or the name of a recipe."""
     scratch: bool = False
-    """Start from random weights in the architecture of ENCODER: the baseline."""
+    """Start from random weights in the architecture of ENCODER, as a baseline."""
 
 
 def run_finetune(options: FinetuneOptions) -> None:
@@ -136,9 +136,10 @@ def run_finetune(options: FinetuneOptions) -> None:
 
 @dataclass(kw_only=True)
 class ResumeOptions(Reported, Recipe):
-    """Resume a run that has stopped, with its own settings.
+    """Resume a stopped run with its own settings.
 
-    Settings may change, e.g. --train.steps 2000; changes are printed, and those that a run cannot take are refused.
+    Settings may change, e.g. --train.steps 2000. Changes are printed, and changes that a resumed run does not allow
+    are refused.
 
     Example: sslvit resume runs/mae --train.steps 2000
     """
@@ -146,11 +147,11 @@ class ResumeOptions(Reported, Recipe):
     run: Annotated[str, Arg("RUN", position=1)]
     """Run folder."""
     data: Annotated[list[str] | None, Arg("DATA")] = None
-    """Shards or a folder of images, where those of the run have moved."""
+    """Shards or a folder of images, if the run's data has moved."""
 
 
 def run_resume(options: ResumeOptions) -> None:
-    """Resume, and print the scores of a fine-tuning."""
+    """Resume a run, and print the scores of a fine-tuning run."""
     config = Path(options.run) / "config.yaml"
     if config.is_file():
         check_changes(config, options.changes)
@@ -160,12 +161,12 @@ def run_resume(options: ResumeOptions) -> None:
 
 
 def wants_requeue(options: Options | None) -> bool:
-    """Whether a training command that was stopped before it read its settings is to be put into the queue again."""
+    """Whether to requeue the job of a training command that was stopped before it read its settings."""
     if not isinstance(options, (PretrainOptions, FinetuneOptions, ResumeOptions)):
         return False
     config = Path(options.run) / "config.yaml" if isinstance(options, ResumeOptions) else options.config
     try:
-        return load_recipe(config, options.changes, base=EncoderSettings()).train.requeue  # whatever it trains
+        return load_recipe(config, options.changes, base=EncoderSettings()).train.requeue  # for any task
     except (ValueError, OSError):
         return bool(options.changes.get("train.requeue", True))
 
@@ -176,7 +177,7 @@ class PlanOptions(Reported, Recipe):
 
     Settings of the recipe are given as --KEY VALUE, e.g. --train.epochs 10; `sslvit settings` lists them all.
 
-    It is made for this machine unless --tflops, --memory-gib or train.accelerator names a GPU.
+    The plan is for this machine unless --tflops, --memory-gib or train.accelerator specifies a GPU.
 
     Example: sslvit plan --config mae/own_images --data photos --measure
     """
@@ -188,19 +189,19 @@ class PlanOptions(Reported, Recipe):
     images: int | None = None
     """Number of images, instead of --data."""
     classes: int | None = None
-    """Number of classes of labeled images, beside --images."""
+    """Number of classes of labeled images; together with --images."""
     tflops: float | None = None
     """Peak TFLOP/s of one device in the run's precision; null for this machine's, or those of some GPUs."""
     utilization: float = 0.35
-    """Assumed fraction of the peak that is used."""
+    """Assumed fraction of the peak that is reached."""
     memory_gib: float | None = None
-    """Memory of one GPU in GiB, which the plan is then made for; null for that of the GPUs of this machine."""
+    """Memory in GiB of one GPU for which to plan; null for that of the GPUs of this machine."""
     measure: bool = False
     """Time some real steps on this machine."""
 
 
 def run_plan(options: PlanOptions) -> None:
-    """Compute what a run would be, and print it."""
+    """Compute the plan of a run, and print it."""
     if options.images is not None and options.data is not None:
         raise ValueError("--images and --data: give one, a number of images or the images.")
     if not 0 < options.utilization <= 1:
@@ -221,17 +222,17 @@ def run_plan(options: PlanOptions) -> None:
 
 @dataclass(kw_only=True)
 class ReplayOptions(Options):
-    """Re-run a failed step in float32: where does it fail?
+    """Re-run a failed training step in float32 to find out where it fails.
 
     Example: sslvit replay runs/mae/incident
     """
 
     incident: Annotated[str, Arg("INCIDENT", position=1)]
-    """Folder incident/ of a run that ended with a step that is not finite."""
+    """Folder incident/ of a run that ended with a non-finite step."""
 
 
 def run_replay(options: ReplayOptions) -> None:
-    """Re-run a failed step, and print what it shows."""
+    """Re-run a failed step, and print the findings."""
     from sslvit.train.replay import replay
 
     print("\n".join(replay(options.incident)))
@@ -239,13 +240,13 @@ def run_replay(options: ReplayOptions) -> None:
 
 @dataclass(kw_only=True)
 class RecipesOptions(Reported):
-    """List the recipes that come with sslvit, with data, size, cost and score, or print one.
+    """List the recipes included in sslvit, with data, size, cost and score, or print one.
 
     Example: sslvit recipes mae/digits
     """
 
     name: Annotated[str | None, Arg("RECIPE", position=1, is_path=False)] = None
-    """Name of the recipe, whose YAML is printed; all of them are listed by default."""
+    """Name of the recipe to print as YAML; by default, all recipes are listed."""
 
 
 def run_recipes(options: RecipesOptions) -> None:
@@ -263,17 +264,17 @@ def run_recipes(options: RecipesOptions) -> None:
 
 @dataclass(kw_only=True)
 class SettingsOptions(Reported):
-    """Explain all settings of a recipe, those of a section, or one, with defaults and choices.
+    """Explain all settings of recipes, those of a section, or a single one, with defaults and choices.
 
     Example: sslvit settings train
     """
 
     name: Annotated[str | None, Arg("KEY", position=1, is_path=False)] = None
-    """Section, such as train or data.view, or setting, such as train.steps; all of them by default."""
+    """Section, such as train or data.view, or setting, such as train.steps; by default, all settings."""
 
 
 def run_settings(options: SettingsOptions) -> None:
-    """Print settings with their meaning."""
+    """Print settings with their meanings."""
     from sslvit.settings.describe import describe_settings, select_settings
 
     settings = select_settings(options.name)
