@@ -1,13 +1,13 @@
-"""What a GPU shows in nine minutes: is everything right there, how fast is it, and what takes the time.
+"""Tests and measurements on a GPU in nine minutes: correctness, speed, and where the time goes.
 
     python tools/device_day.py --out results --data folder
     python tools/device_day.py --out results --only cases,attention
     python tools/device_day.py --out results --cpu --seconds 60
 
-Runs from a checkout. Each part is a process with a limit of its own and leaves its results line by line in
-results.jsonl; one that fails or takes too long does not stop the others. The last thing written is table.md. The
-folder of --data may hold CIFAR-10 (cifar*.tar.gz, or a folder cifar*) and photographs (photo*.tar, or a folder photo*);
-for what is missing, images are made.
+Runs from a checkout. Each part is a process with its own time limit and appends its results to results.jsonl line by
+line; a part that fails or takes too long does not stop the others. table.md is written last. The --data folder may
+contain CIFAR-10 (cifar*.tar.gz, or a folder cifar*) and photographs (photo*.tar, or a folder photo*); missing images
+are generated.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ sys.path[:0] = PATHS
 from device_day_parts.common import Day, append_record, last_line, read_records  # noqa: E402
 from device_day_parts.table import write_table  # noqa: E402
 
-TOTAL = 540  # seconds that the limits are meant for
-MIN_ON_CPU = 180  # seconds of a part there: starting takes longer than what is measured
-TAIL = 15  # lines of output that become a record
-MAX_OUTPUT = 2**20  # bytes of each part's output that are kept
+TOTAL = 540  # seconds in total for which the limits are chosen
+MIN_ON_CPU = 180  # seconds per part on a CPU, where startup takes longer than the measurements
+TAIL = 15  # last lines of a failed part's output that are recorded
+MAX_OUTPUT = 2**20  # bytes of each part's output to keep
 
 
-# seconds of each part, which is a module of device_day_parts
+# time limit in seconds of each part, which is a module of device_day_parts
 PARTS = {
-    "start": 25,  # libraries are read from the disk once, outside of the limits of the others
+    "start": 25,  # reads libraries from the disk once, outside the limits of the other parts
     "machine": 10, "gpu_tests": 100, "fixtures": 25, "cases": 170, "attention": 20, "loading": 25, "cifar": 165,
 }  # fmt: skip
-DATA, DATA_SECONDS = "data", 300  # beside the parts: images are packed while the tests run
+DATA, DATA_SECONDS = "data", 300  # runs next to the parts: images are packed while the tests run
 NEED_DATA = {"loading", "cifar"}
 
 
@@ -94,23 +94,23 @@ def read_options() -> argparse.Namespace:
 
 
 def run_one(options: argparse.Namespace) -> int:
-    """A part, in this process."""
+    """Run one part in this process."""
     day = Day(options.part, options.out, options.work, options.data, options.cpu, options.deadline, options.item)
     import_module(f"device_day_parts.{options.part}").run_part(day)
     return 0
 
 
 def run_all(options: argparse.Namespace, chosen: list[str], work: Path) -> list[bool]:
-    """Whether each part came to its end."""
+    """Run the chosen parts; returns for each whether it succeeded."""
     ended, packing, due = [], None, time.time()
     for name in chosen:
         limit = PARTS[name] * options.seconds / TOTAL
         due += limit
-        limit = max(limit, MIN_ON_CPU if options.cpu else due - time.time())  # with what the parts before have left
+        limit = max(limit, MIN_ON_CPU if options.cpu else due - time.time())  # plus time left by earlier parts
         ended.append(run_process(options, name, limit, work))
         if name == "start" and not ended[0]:
             break  # no other part could run
-        if name == "machine" or (name == "start" and "machine" not in chosen):  # ceilings are measured in quiet
+        if name == "machine" or (name == "start" and "machine" not in chosen):  # `machine` must run undisturbed
             packing = start_process(options, DATA, DATA_SECONDS, work) if NEED_DATA & set(chosen) else None
     if packing is not None:
         stop(packing)
@@ -125,7 +125,7 @@ def start_process(options: argparse.Namespace, name: str, limit: float, work: Pa
         "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(work / "cache"),
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
     }  # fmt: skip
-    if options.cpu:  # compiling would take longer than all else, and so would threads that wait for each other
+    if options.cpu:  # compiling, and threads that wait for each other, would take longer than everything else
         env |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     with (work / f"{name}.txt").open("wb") as output:
         words = [sys.executable, __file__, *words]
@@ -133,7 +133,7 @@ def start_process(options: argparse.Namespace, name: str, limit: float, work: Pa
 
 
 def run_process(options: argparse.Namespace, name: str, limit: float, work: Path) -> bool:
-    """Run a part within its limit, and record how it ended."""
+    """Run a part within its time limit, and record how it ended."""
     begun = time.time()
     print(f"{name}, up to {limit:.0f} s", flush=True)
     process = start_process(options, name, limit, work)
@@ -141,7 +141,7 @@ def run_process(options: argparse.Namespace, name: str, limit: float, work: Path
         how = "ok" if process.wait(limit) == 0 else f"exit code {process.returncode}"
     except subprocess.TimeoutExpired:
         how = f"stopped after {limit:.0f} s"
-    stop(process)  # and what it has started
+    stop(process)  # and its child processes
     record = {"part": name, "ended": how, "seconds": time.time() - begun}
     if how != "ok":
         output = (work / f"{name}.txt").read_text(errors="replace").splitlines()
@@ -152,14 +152,14 @@ def run_process(options: argparse.Namespace, name: str, limit: float, work: Path
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a process and all that it has started."""
+    """Kill a process and its child processes."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def write_output(out: Path, work: Path) -> None:
-    """What all parts printed, in one file."""
+    """Collect the output of all parts in one file."""
     with (out / "output.txt").open("wb") as file:
         for path in sorted(work.glob("*.txt"), key=lambda path: path.stat().st_mtime):
             file.write(f"==== {path.stem}\n".encode() + path.read_bytes()[-MAX_OUTPUT:] + b"\n")

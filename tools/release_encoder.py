@@ -1,10 +1,10 @@
-"""An encoder of a run -> the files of zoo:NAME: weights in float16, a card with its scores, and their checksums.
+"""Release a run's encoder as zoo:NAME: weights in float16, a model card with scores, and checksums.
 
     python tools/release_encoder.py runs/mae-60min cifar10/mae-60min --train shards/cifar10/train \
         --val shards/cifar10/val --to exports
 
-The scores are those of the rounded weights. Files whose weights take at most 3 MB may lie in the package (--to
-sslvit/zoo); the others are for the folder or address that $SSLVIT_ZOO names.
+The scores are measured with the rounded weights. Encoders with at most 3 MB of weights may be included in the package
+(--to sslvit/zoo); others belong in the folder or at the URL that $SSLVIT_ZOO names.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from sslvit.files import to_json, write_atomically
 from sslvit.models import ViTEncoder
 from sslvit.models.resize import resize_weights
 
-PACKAGE_BYTES = 3_000_000  # of the weights of an encoder that comes with the package
+PACKAGE_BYTES = 3_000_000  # most bytes of weights of an encoder in the package
 
 
 def release(run: str, name: str, train: str, val: str, to: str | Path, license: str, size: int | None = None) -> Path:
-    """Write the files of an encoder, for images of another size than it was trained on if one is given; list it."""
+    """Write the files of an encoder and list it in the zoo's index; with `size`, resize it for other images."""
     folder = Path(to) / name
     encoder = sslvit.load_encoder(run)
     if size is not None:
@@ -48,13 +48,13 @@ def release(run: str, name: str, train: str, val: str, to: str | Path, license: 
     if folder.exists():
         raise ValueError(f"{folder}: already exists. Delete it, or choose another --to.")
     with torch.no_grad():
-        for value in encoder.state_dict().values():  # buffers, too
+        for value in encoder.state_dict().values():  # including buffers
             value.copy_(value.half())
     provenance = provenance_of(run)
     settings = provenance.get("settings") or {}
     provenance["settings"] = {key: value for key, value in settings.items() if key not in OMITTED}
     for data in (provenance["settings"].get("data", {}), provenance.get("data", {})):
-        if data.get("shards") is not None:  # no place on this machine
+        if data.get("shards") is not None:  # without paths of this machine
             data["shards"] = "/".join(Path(data["shards"]).parts[-2:])
     table = sslvit.probe(encoder, train, val, labels_per_class=10, neighbors=[20])
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,7 +1,7 @@
-"""Handwritten digits recognized by their nearest neighbors among the features of a released encoder: ten seconds.
+"""Classify handwritten digits by nearest neighbors in the features of released encoders, in ten seconds.
 
-The encoder comes with sslvit (docs/record.md), and the digits with scikit-learn; each is drawn at a random size and
-place on a canvas of 14 x 14 pixels, as by `sslvit demo`.
+The encoders are included in sslvit (docs/record.md), and the digits in scikit-learn. Each digit is drawn at a random
+size and position on a canvas of 14 x 14 pixels, as in `sslvit demo`.
 """
 
 import tempfile

@@ -1,4 +1,4 @@
-"""Pretraining in a Trainer of your own: python docs/examples/lightning.py mae/digits shards/train shards/val"""
+"""Pretrain with your own Trainer: python docs/examples/lightning.py mae/digits shards/train shards/val"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""SimMIM (Xie et al. 2022) as a task of its own: hide patches behind a mask token, predict their pixels with one map.
+"""SimMIM (Xie et al. 2022) as a custom task: replace patches by a mask token, and predict their pixels linearly.
 
 sslvit pretrain --config mae/digits --data shards/train --out runs/simmim --plugin docs/examples/simmim.py \
     --task.name simmim:SimMIM --encoder.mask_token true
@@ -26,7 +26,7 @@ class SimMIMSettings(TaskSettings):
 
 
 class SimMIMModel(nn.Module):
-    """An encoder that sees all places, hidden patches as a mask token, and a linear map to pixels."""
+    """An encoder over all positions, with a mask token for hidden patches, and a linear map to pixels."""
 
     def __init__(self, settings: SimMIMSettings, encoder: EncoderSettings) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class SimMIMModel(nn.Module):
 
 
 class SimMIM(Task):
-    """The Lightning module: which random numbers a step takes, what is recorded."""
+    """The Lightning module, which draws a step's random numbers and records its loss."""
 
     settings_class = SimMIMSettings
 

@@ -1,11 +1,10 @@
-"""Run the lessons: every block of Python and every command of a page, in its order.
+"""Run the lessons: every Python block and every shell command of a page, in order.
 
     python docs/learn/run.py             all lessons (make learn)
     python docs/learn/run.py 04 13       some of them
-    python docs/learn/run.py 04 --full   also what takes a laptop too long, whose numbers are replaced
+    python docs/learn/run.py 04 --full   also recompute stored numbers, which takes a laptop long
 
-Blocks of a page share their names. A page begins in an empty folder; figures
-go to docs/learn/figures.
+Blocks of a page share their variables. Each page starts in an empty folder; figures are written to docs/learn/figures.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ sys.path.insert(0, str(HERE))
 
 
 def lessons(chosen: list[str]) -> list[Path]:
-    """Pages whose names begin so; all of them for none.
+    """Pages whose names begin with one of the given texts; all pages if none is given.
 
     Raises:
         SystemExit: There is no such page.
@@ -40,7 +39,7 @@ def lessons(chosen: list[str]) -> list[Path]:
 
 
 def run(page: Path, folder: Path) -> None:
-    """Run what a page shows, in a folder.
+    """Run the code and commands of a page in a folder.
 
     Raises:
         SystemExit: A command failed.
@@ -62,7 +61,7 @@ def run(page: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Run the lessons that the command line names, and say how long each took."""
+    """Run the lessons named on the command line, and print how long each took."""
     parser = argparse.ArgumentParser(description="Run the lessons of docs/learn.")
     parser.add_argument("lessons", nargs="*", help="beginnings of their names, such as 04; none for all")
     parser.add_argument("--full", action="store_true", help="also compute the numbers that the lessons bring along")

@@ -1,4 +1,4 @@
-"""What the lessons share: digits, a short training loop, and numbers that take a laptop too long."""
+"""Shared by the lessons: digits, a short training loop, and stored numbers that take a laptop too long to compute."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sslvit.settings import EncoderSettings
 
 HERE = Path(__file__).parent
 FIGURES, NUMBERS = HERE / "figures", HERE / "numbers"
-FULL = "LEARN_FULL"  # environment variable: compute the numbers that the lessons bring along, and replace them
+FULL = "LEARN_FULL"  # environment variable: recompute and replace the stored numbers of the lessons
 SMALL = {"image_size": 8, "channels": 1, "patch": 2, "width": 48, "depth": 3, "heads": 4, "class_token": False,
          "pooling": "mean"}  # fmt: skip
 
@@ -28,10 +28,10 @@ class Digits(NamedTuple):
     """scikit-learn's handwritten digits, 8 x 8 pixels.
 
     Attributes:
-        train: Normalized images 'b 1 8 8': gray 0.5 is 0, and a quarter of the range is 1.
-        train_labels: Their digits, 'b'.
-        test: Images that no lesson trains on, every fifth of the set.
-        test_labels: Their digits.
+        train: Normalized images 'b 1 8 8', with mean 0.5 and standard deviation 0.25.
+        train_labels: Labels of `train`, 'b'.
+        test: Images that no lesson trains on: every fifth of the set.
+        test_labels: Labels of `test`.
     """
 
     train: Tensor
@@ -41,7 +41,7 @@ class Digits(NamedTuple):
 
 
 def digits() -> Digits:
-    """1,437 digits to learn from, and 360 to test on."""
+    """Load 1,437 digits for training and 360 for testing."""
     found = load_digits()
     images = (torch.from_numpy(found.images).float()[:, None] / 16 - 0.5) / 0.25
     labels, is_test = torch.from_numpy(found.target).long(), torch.arange(len(images)) % 5 == 0
@@ -49,12 +49,12 @@ def digits() -> Digits:
 
 
 def small(**changes: Any) -> EncoderSettings:
-    """An encoder of 0.1 M parameters for the digits: patches of 2 x 2, width 48, 3 blocks; `changes` are settings."""
+    """Settings of an encoder with 0.1 M parameters for the digits: patches of 2 x 2, width 48, 3 blocks."""
     return EncoderSettings(**SMALL | changes)
 
 
 def classifier(seed: int = 0, classes: int = 10, **changes: Any) -> Classifier:
-    """A small encoder with a linear head, from random weights."""
+    """A small encoder with a linear head and random weights."""
     torch.manual_seed(seed)
     return Classifier(small(**changes), classes)
 
@@ -63,7 +63,7 @@ def train(
     network: nn.Module, images: Tensor, labels: Tensor, steps: int = 400, batch: int = 128, lr: float = 3e-3,
     seed: int = 0,
 ) -> list[float]:  # fmt: skip
-    """Minimize the cross-entropy by AdamW with a warm-up and a cosine; returns the loss of each step."""
+    """Minimize the cross-entropy by AdamW with warm-up and cosine decay; returns the loss of each step."""
     optimizer, order = torch.optim.AdamW(network.parameters()), torch.Generator().manual_seed(seed)
     losses = []
     network.train()
@@ -87,11 +87,11 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def measured(name: str, experiment: Callable[[], Any]) -> Any:
-    """What an experiment gives: the numbers that lie in docs/learn/numbers, or new ones with LEARN_FULL=1.
+    """Return an experiment's numbers from docs/learn/numbers, or compute and store them with LEARN_FULL=1.
 
     Args:
         name: Name of the file.
-        experiment: Gives what JSON can hold.
+        experiment: Function that returns values for JSON.
     """
     path = NUMBERS / f"{name}.json"
     if os.environ.get(FULL) or not path.is_file():

@@ -1,9 +1,9 @@
-"""One contestant of steps.py in a process of its own; prints what it measured as one line of JSON.
+"""One contestant of steps.py in its own process; prints its measurements as one line of JSON.
 
     python contestants.py '{"who": "lightly", "case": "mae", "precision": "bf16", "steps": 3, "cpu_time": false}'
 
-`ours` is a task in Lightning's Trainer, with its guard, schedules, random numbers and records. A peer is wired up as
-its documentation does it, in a loop of its own. Each has fused AdamW without clipping, and images that lie in memory.
+`ours` is a task in Lightning's Trainer, with its guard, schedules, random numbers and records. A peer follows its own
+documentation, in a plain loop. Both use fused AdamW without clipping, and images in memory.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WARM_UP = 2  # steps that are not timed: the first makes the optimizer's moments
-SIDE = 4096  # of the square matrices whose product is the machine's rate
+WARM_UP = 2  # steps that are not timed: the first allocates the optimizer's moments
+SIDE = 4096  # of the square matrices whose product measures the machine's peak rate
 
 
 @dataclass
@@ -37,11 +37,12 @@ class Case:
     """One training step.
 
     Attributes:
-        recipe: What ours starts from.
-        changes: What is changed there.
+        recipe: Recipe for our run.
+        changes: Changes to the recipe.
         batch: Images in a step.
-        sides: Of the square views of each image.
-        about: For the table.
+        sides: Side of each square view of an image.
+        about: Description for the table.
+        peers: Libraries to compare with.
     """
 
     recipe: str
@@ -66,7 +67,7 @@ CASES = {
     ),
     "igpt": Case("igpt/small_cifar10", {}, 4, [32], "iGPT, 32 x 32, 8 blocks x 256", ["transformers"]),
 }  # fmt: skip
-# parameters of a peer's model that ours has not: the biases of 8 blocks, and a learned position table for rotary angles
+# parameters that only the peer's model has: biases of 8 blocks, and a learned position table where ours is rotary
 MORE_PARAMETERS = {("igpt", "transformers"): {"encoder": 8 * 9 * 256 + 1024 * 256, "rest": 0}}
 
 
@@ -75,9 +76,9 @@ class Peer:
     """A peer's model.
 
     Attributes:
-        modules: "encoder", which is compared with ours, and "rest".
-        loss: Of one batch.
-        after: What else moves after the optimizer.
+        modules: "encoder", which corresponds to ours, and "rest".
+        loss: Computes the loss of one batch.
+        after: Called after the optimizer's step, such as to update a teacher.
     """
 
     modules: dict[str, nn.Module]
@@ -237,7 +238,7 @@ def run_ours(case: str, precision: str, steps: int) -> dict[str, Any]:
 
 
 def count_flops(case: str) -> dict[str, float]:
-    """Of a step's products of matrices in ours, attention in full."""
+    """FLOPs of the matrix products in one of our steps, with attention counted in full."""
     from sslvit.settings.load import load_recipe
     from sslvit.train.forecast import plan_step
 
@@ -259,7 +260,7 @@ def product_rate(precision: str) -> dict[str, float]:
 
 # ---- Lightning's share -----------------------------------------------------------------------------------------------
 
-# a line for each half of them, every 20 steps as in a run; the first one is warm-up
+# two log lines, each after 20 steps as in a run; the first half is warm-up
 OVERHEAD_STEPS = 40
 OVERHEAD = {
     "encoder.preset": "vit_tiny", "data.view.local_crops": 6, "data.global_batch_size": 8, "data.workers": 0,
@@ -269,7 +270,7 @@ OVERHEAD = {
 
 
 def run_pretrain(data: str, out: str, precision: str) -> dict[str, float]:
-    """Seconds of a step of `sslvit.pretrain`, waiting for data left out."""
+    """Seconds per step of `sslvit.pretrain`, excluding waits for data."""
     import sslvit
 
     folder = sslvit.pretrain("dino/own_images", data, out, overwrite=True, **OVERHEAD, **{"train.precision": precision})
@@ -278,7 +279,7 @@ def run_pretrain(data: str, out: str, precision: str) -> dict[str, float]:
 
 
 def run_bare(precision: str) -> dict[str, float]:
-    """Seconds of the same step in a loop: loss, gradients and AdamW, with nothing else around them."""
+    """Seconds of the same step in a bare loop: loss, gradients and AdamW only."""
     from sslvit.environment import keep_freed_memory
     from sslvit.run_plan import RunPlan
     from sslvit.settings.load import load_recipe
@@ -303,14 +304,14 @@ def run_bare(precision: str) -> dict[str, float]:
     return {"seconds": (ends[-1] - ends[OVERHEAD_STEPS // 2]) / (OVERHEAD_STEPS // 2)}
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------
+# ---- measurements ----------------------------------------------------------------------------------------------------
 
 
 class Memory:
-    """Resident memory that a process takes from now on."""
+    """Resident memory that the process allocates from now on."""
 
     def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         self.before = self._read("VmRSS")
 
     @staticmethod
@@ -319,19 +320,19 @@ class Memory:
         return 1024 * int(line.split()[1])
 
     def used(self) -> dict[str, int]:
-        """The peak, and the peak without what was there before the model: libraries."""
+        """The peak, and the peak without the memory used before the model was made, which is for libraries."""
         return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "peak_of_training": self._read("VmHWM") - self.before}  # fmt: skip
 
 
 def seconds_of(ends: list[float]) -> float:
-    """Median of the steps that are timed."""
+    """Median duration of the timed steps."""
     took = [stop - start for start, stop in pairwise(ends)]
     return statistics.median(took[WARM_UP:])
 
 
 def trained(optimizer: torch.optim.Optimizer, modules: dict[str, nn.Module]) -> dict[str, int]:
-    """Numbers of parameters that had a gradient."""
+    """Number of parameters of each module that received gradients."""
     moved = {id(parameter) for parameter in optimizer.state}
     return {name: sum(p.numel() for p in module.parameters() if id(p) in moved) for name, module in modules.items()}
 
@@ -340,7 +341,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     request = json.loads(sys.argv[1])
     if request.pop("cpu_time"):
-        time.perf_counter = time.monotonic = time.process_time  # for all that this process runs
+        time.perf_counter = time.monotonic = time.process_time  # for everything in this process
     kinds: dict[str, Callable[..., dict[str, Any]]] = {
         "ours": run_ours, "flops": count_flops, "rate": product_rate, "pretrain": run_pretrain, "bare": run_bare,
     }  # fmt: skip

@@ -1,7 +1,8 @@
-"""DINO's crops: one forward pass per resolution, as in training, against all crops packed into one.
+"""DINO's crops: one forward pass per resolution, as in training, against one pass over all crops packed together.
 
-Packed, the tokens of all crops lie in one matrix for the linear maps and norms; attention runs per resolution. Both
-give the same numbers. Prints the ratio of their times for a forward and backward pass, measured in turns.
+In the packed pass, the tokens of all crops form one matrix for the linear layers and norms; attention runs per
+resolution. Both give the same results. Prints the ratio of their times for a forward and backward pass, measured in
+alternation.
 
     python tools/benchmarks/crops.py dino/vit_small_in1k_100 --batch 2
     python tools/benchmarks/crops.py dino/vit_small_in1k_100 --batch 64 --device cuda --bf16
@@ -26,7 +27,7 @@ from sslvit.settings.load import load_recipe
 
 
 def packed_views(encoder: ViTEncoder, views: list[Tensor]) -> Tensor:
-    """embed_views in one pass: plain encoders with a class token only."""
+    """`embed_views` in one pass; only for plain encoders with a class token."""
     groups = [encoder.embed(torch.cat(views[start:stop]))[0] for start, stop in runs_of_one_size(views)]
     shapes = [group.shape[:2] for group in groups]
     counts = [images * tokens for images, tokens in shapes]
@@ -46,7 +47,7 @@ def packed_views(encoder: ViTEncoder, views: list[Tensor]) -> Tensor:
 
 
 def seconds(way: Callable[[], Tensor], device: str) -> float:
-    """Of one forward and backward pass."""
+    """Duration of one forward and backward pass."""
     start = time.perf_counter()
     way().square().mean().backward()
     if device == "cuda":

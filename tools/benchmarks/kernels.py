@@ -1,10 +1,10 @@
-"""How many kernels a step launches and how many bytes they move, counted on a machine without a GPU.
+"""Count the kernels that a step launches and the bytes that they move, on a machine without a GPU.
 
     python tools/benchmarks/kernels.py mae/vit_tiny_cifar10 dino/vit_tiny_cifar10 igpt/small_cifar10
     python tools/benchmarks/kernels.py --compiled mae/vit_tiny_cifar10
 
-Tensors have shapes and no content (FakeTensorMode), so any size fits. The second step is counted: the first makes the
-optimizer's moments. What the host sends and waits for is counted by tests/test_device_budget.py.
+Tensors have shapes but no content (FakeTensorMode), so any size fits. The second step is counted, since the first
+allocates the optimizer's moments. tests/test_device_budget.py counts transfers and waits of the host.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ VIEWS = {
     "new_empty_strided",
 }  # fmt: skip
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
-PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}  # tensors of each list that one launch of a multi-tensor kernel takes
+PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}  # number of lists -> tensors per list in one launch of a multi-tensor kernel
 
 
 class Count(TorchDispatchMode):
-    """Counts, by the part of the step that is under way."""
+    """Counts kernels by part of the step, and bytes by kind of kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Count(TorchDispatchMode):
 
 
 def as_on_a_gpu() -> None:
-    """Attention and RMSNorm are one kernel each; nothing is decided by a number that is at hand."""
+    """Count attention and RMSNorm as one kernel each, and disable branches that depend on values on the host."""
     warnings.simplefilter("ignore")
     F.scaled_dot_product_attention = lambda q, k, v, bias=None, is_causal=False, scale=None: torch.add(q, v)
     F.rms_norm = lambda x, shape, weight, eps=None: torch.mul(x, weight)
@@ -85,7 +85,7 @@ def as_on_a_gpu() -> None:
 
 
 def count(recipe: str, images: int, options: dict) -> Count:
-    """A step of a recipe on so many images."""
+    """Count one step of a recipe with a given number of images."""
     settings = load_recipe(recipe, {"data.global_batch_size": images, "train.steps": 1000} | options)
     settings = replace(settings, task=settings.task.fitted(50_000, images, 1000, 10))
     with torch.device("meta"):
@@ -127,9 +127,9 @@ def count(recipe: str, images: int, options: dict) -> Count:
 
 
 def count_compiled(recipe: str) -> tuple[int, int]:
-    """Kernels that torch.compile has left of a loss and its backward pass: fused ones, and those it calls.
+    """Count the kernels of a compiled loss and its backward pass: fused kernels, and calls of other kernels.
 
-    Inductor writes this program for a CPU; for a GPU it fuses by the same rules.
+    Inductor generates this program for a CPU; for a GPU it fuses by the same rules.
     """
     settings = load_recipe(recipe, {"data.global_batch_size": 4, "train.steps": 1000})
     settings = replace(settings, task=settings.task.fitted(50_000, 4, 1000, 10))

@@ -1,12 +1,12 @@
-"""Throughput of data loading, beside common alternatives; the tables of docs/data.md.
+"""Throughput of data loading compared with common alternatives, for the tables in docs/data.md.
 
     python tools/benchmarks/loading.py decode PHOTOS     JPEG decoders
     python tools/benchmarks/loading.py views PHOTOS      MAE's and DINO's views against ImageFolder + PIL + torchvision
     python tools/benchmarks/loading.py small IMAGES      small images: first and later epochs, against webdataset
     python tools/benchmarks/loading.py index             start and resume at 1,000,000,000 samples on 4,096 ranks
 
-PHOTOS and IMAGES are image folders. Contestants take turns in one process on one core (`small`: on all cores), and
-the best round of each counts.
+PHOTOS and IMAGES are image folders. Contestants take turns in one process on one core (`small`: on all cores), and the
+best round of each counts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def race(contestants: dict[str, Callable[[], int]], unit: str, rounds: int = ROUNDS) -> dict[str, float]:
-    """Images per second of each, in turns; the best round counts."""
+    """Images per second of each contestant, which take turns; the best round counts."""
     best = dict.fromkeys(contestants, 0.0)
     for _ in range(rounds):
         for name, run in contestants.items():
@@ -92,7 +92,7 @@ def bench_decode(folder: Path) -> None:
 
 
 def dino_reference() -> Callable[[Image.Image], list[torch.Tensor]]:
-    """DINO's views by torchvision transforms on one decoded PIL image, with the recipe's probabilities."""
+    """DINO's views by torchvision transforms of one decoded PIL image, with the recipe's probabilities."""
     jitter = T.Compose([
         T.RandomHorizontalFlip(), T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), T.RandomGrayscale(0.2),
     ])  # fmt: skip
@@ -169,7 +169,7 @@ def bench_small(folder: Path) -> None:
 
     batch = 1024
     with tempfile.TemporaryDirectory() as scratch:
-        # shards small enough to give every worker of webdataset its own
+        # shards small enough that every webdataset worker gets its own
         (index,) = pack_source(folder, Path(scratch) / "shards", PackSettings(shard_mb=16))
         side = index.image_size[0]
         print(f"{len(index)} images of {side} x {side}; {torch.get_num_threads()} threads")
@@ -213,7 +213,7 @@ def bench_index() -> None:
     shards, each, ranks, workers = 100_000, 10_000, 4096, 8
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        np.lib.format.open_memmap(folder / "index.npy", "w+", RECORD, (shards * each,))  # a hole: no bytes on the disk
+        np.lib.format.open_memmap(folder / "index.npy", "w+", RECORD, (shards * each,))  # a sparse file
         all_shards = [Shard(f"shard-{i:06d}.tar", each, 1 << 28, "0" * 64) for i in range(shards)]
         index = ShardIndex(folder, all_shards, np.empty(0, RECORD), mean=[0.0] * 3, std=[1.0] * 3)
         _write_index(folder, index)

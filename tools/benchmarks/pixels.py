@@ -4,8 +4,9 @@
     python tools/benchmarks/pixels.py training      one image of 8 x 8 to 64 x 64, forward and backward
     python tools/benchmarks/pixels.py quantizing    palette indices beside a training step
 
-Without the cache, a pixel costs a pass over all pixels before it. That is timed at every 64th position and summed over
-all, since timing each would take hours; with the cache, all of sampling is timed. Nothing else should run meanwhile.
+Without the cache, each pixel needs a pass over all pixels before it. This is timed at every 64th position and
+extrapolated to all, since timing every position would take hours; with the cache, all of sampling is timed. Nothing
+else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def make(side: int, width: int, depth: int) -> IGPTModel:
 
 
 def seconds_of(function, least: float = 1.0) -> float:
-    """Per call, after one to warm up."""
+    """Seconds per call, after one call to warm up."""
     function()
     start, calls = time.perf_counter(), 0
     while time.perf_counter() - start < least or calls < 2:

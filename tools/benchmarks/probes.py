@@ -1,9 +1,9 @@
-"""The time to fit heads on given features: logistic regression beside scikit-learn's, a grid of heads beside one.
+"""The time to fit heads on given features: logistic regression against scikit-learn's, a grid of heads against one.
 
     python tools/benchmarks/probes.py [--threads 1] [--images 50000] [--width 192]
 
-Features are random, correlated as an encoder's are and partly separable, so nothing has to be downloaded. The ratios
-matter; the seconds are those of one machine.
+Features are random, but correlated like an encoder's and partly separable, so nothing has to be downloaded. The ratios
+are what counts, since the seconds depend on the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEPS = 200
 
 
 def make_features(images: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Standardized features and labels."""
+    """Make standardized random features and labels."""
     source = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, CLASSES, (images,), generator=source)
     basis = torch.randn(width, width, generator=source) * torch.logspace(0, -2, width)[:, None]
@@ -38,7 +38,7 @@ def make_features(images: int, width: int, seed: int = 0) -> tuple[Tensor, Tenso
 
 
 def timed(work: Callable[[], object], repeats: int = 3) -> tuple[float, object]:
-    """The shortest of some runs, in seconds, and the last result."""
+    """Shortest of several calls in seconds, and the last result."""
     best, result = float("inf"), None
     for _ in range(repeats):
         start = time.perf_counter()

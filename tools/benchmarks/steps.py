@@ -1,12 +1,12 @@
-"""Training steps on a CPU, beside the peers that pip can install: lightly (on timm's encoders) and transformers.
+"""Training steps on a CPU compared with peers that pip can install: lightly (with timm's encoders) and transformers.
 
     python -m venv peers && peers/bin/pip install torch torchvision timm lightly transformers
     python tools/benchmarks/steps.py --peers peers/bin/python
     python tools/benchmarks/steps.py --peers peers/bin/python --cases igpt --precision bf16 --rounds 3
 
-Every measurement is a process of its own (contestants.py), and contestants alternate: each round has one of each, and
-the rate of a 4096 x 4096 product beside them. A number is the median over rounds, in brackets the smallest and largest.
-The case `overhead` is `sslvit.pretrain` (Lightning, log, schedules, guard, teacher's average) beside a bare loop.
+Every measurement is its own process (contestants.py), and contestants alternate: each round measures each of them once,
+and the rate of a 4096 x 4096 product. Results are medians over rounds, with the smallest and largest in brackets. The
+case `overhead` compares `sslvit.pretrain` (Lightning, log, schedules, guard, teacher's average) with a bare loop.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 GIB = 2**30
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of the processor, that decide its speed
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # CPU instruction sets that matter for speed
 
 
 def measure(options: argparse.Namespace, python: str = sys.executable, **request: Any) -> dict[str, Any]:
-    """What one process of contestants.py measured."""
+    """Run contestants.py in a process, and return its measurements."""
     env = os.environ | {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(HERE.parents[1])}
     command = [python, str(HERE / "contestants.py"), json.dumps(request | {"cpu_time": options.cpu_time})]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
@@ -42,12 +42,12 @@ def measure(options: argparse.Namespace, python: str = sys.executable, **request
 
 
 def spread(values: list[float], form: str = ".2f") -> str:
-    """The median, and the smallest and largest value."""
+    """Format the median with the smallest and largest value."""
     return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
 def check_parity(case: str, who: str, ours: dict[str, int], theirs: dict[str, int]) -> str:
-    """Raise where a model has more or fewer trained parameters than is stated; says how many there are."""
+    """Raise if a peer's number of trained parameters differs from ours by more than is declared; returns a summary."""
     more = MORE_PARAMETERS.get((case, who), {"encoder": 0, "rest": 0})
     for part in ours:
         if theirs[part] != ours[part] + more[part]:
@@ -57,7 +57,7 @@ def check_parity(case: str, who: str, ours: dict[str, int], theirs: dict[str, in
 
 
 def race(case: str, precision: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row of the table per peer."""
+    """Measure a case, and return a row of the table for ours and for each peer."""
     work, peers = CASES[case], CASES[case].peers
     flops = measure(options, who="flops", case=case)["flops"]
     found: dict[str, list[dict[str, Any]]] = {who: [] for who in ("ours", *peers, "rate")}
@@ -90,7 +90,7 @@ def race(case: str, precision: str, options: argparse.Namespace) -> list[dict[st
 
 
 def overhead(precision: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What a run adds to the bare step of ViT-Ti/16."""
+    """Measure the overhead of a run over the bare training step of ViT-Ti/16."""
     with tempfile.TemporaryDirectory() as scratch:
         photos = Path(scratch) / "photos"
         photos.mkdir()

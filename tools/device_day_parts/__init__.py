@@ -1,1 +1,1 @@
-"""The parts of tools/device_day.py, one module each; each runs in a process of its own."""
+"""The parts of tools/device_day.py, one module each; each runs in its own process."""

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from device_day_parts.common import Day, last_line, median_seconds
 
-# images, heads, tokens, width of a head, causal
+# name -> images, heads, tokens, width of a head, causal
 SHAPES = {
     "MAE-L/16 encoder, a quarter of the patches": (256, 16, 50, 64, False),
     "MAE-L/16 decoder": (256, 16, 197, 32, False),

@@ -1,7 +1,7 @@
-"""Six recipes as `sslvit pretrain` steps them, eager and compiled: speed, memory, where time goes, what is waited for.
+"""Training steps of six recipes as in `sslvit pretrain`, eager and compiled: speed, memory, time by part, host waits.
 
-Each case is a process. All prepare and compile side by side, since that takes the processor and not the device; what is
-timed is timed alone: one process at a time has the turn.
+Each case is a process. All of them prepare and compile at the same time, since that uses the CPU and not the device.
+Only one process at a time has the turn to run timed steps.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from filelock import FileLock
 from device_day_parts.common import Day, in_a_run, last_line, pack_noise, recipe
 from device_day_parts.watch import LOG_EVERY, Finished, Watch
 
-# recipe -> images per micro-batch; a fit in 80 GB
+# recipe -> images per micro-batch, which fit in 80 GB
 CASES = {
     "mae/vit_large_in1k": 256, "dino/vit_small_in1k_100": 128, "igpt/medium_in1k": 16,
     "mae/vit_tiny_cifar10": 1024, "dino/vit_tiny_cifar10": 512, "igpt/small_cifar10": 128,
 }  # fmt: skip
 ON_CPU = ["mae/vit_large_in1k", "dino/vit_tiny_cifar10", "igpt/small_cifar10"]  # tiny networks of each task are enough
 MODES = {"eager": "none", "compiled": "auto", "CUDA graphs": "reduce-overhead"}  # train.compile
-SMALL = ("mae/vit_tiny_cifar10", "dino/vit_tiny_cifar10", "igpt/small_cifar10")  # where launches may take the time
-SHARED_CARD = 120e9  # bytes of device memory from which all cases may compile at once
-# fractions of the part's time until which a process waits for the others
+SMALL = ("mae/vit_tiny_cifar10", "dino/vit_tiny_cifar10", "igpt/small_cifar10")  # steps may be bound by kernel launches
+SHARED_CARD = 120e9  # bytes of device memory from which all cases may compile at the same time
+# barrier -> fraction of the part's time until which a process waits there for the others
 UNTIL = {"built": 0.25, "eager": 0.5, "compiled": 0.75}
 
 
@@ -40,7 +40,7 @@ def run_part(day: Day) -> None:
     (day.work / "begun").write_text(str(begun))
     processes = {name: day.start(name) for name in day.pick(list(CASES), ON_CPU)}
     while running := {name: process for name, process in processes.items() if process.poll() is None}:
-        for name in CASES.keys() - running.keys():  # nobody waits for one that has ended
+        for name in CASES.keys() - running.keys():  # the others need not wait for a process that has ended
             for barrier in UNTIL:
                 arrive(day, barrier, name)
         time.sleep(0.2)
@@ -78,7 +78,7 @@ def run_case(day: Day, name: str) -> None:
 
 def measure(day: Day, name: str, mode: str, batch: int, turn: FileLock) -> dict[str, Any]:
     def wait_for_turn(is_warm: bool) -> None:
-        """Before the first step, and again before the timed ones: compiling takes no turn, where the card has room."""
+        """Called before the first step and before the timed ones; compiling needs no turn if the card has room."""
         if mode == "eager" and not is_warm:
             meet(day, "built", name)
         elif is_warm and not turn.is_locked:
@@ -93,7 +93,7 @@ def measure(day: Day, name: str, mode: str, batch: int, turn: FileLock) -> dict[
     watch = Watch(day, wait_for_turn)
 
     def step(fit: Any, trainer: Any, task: Any, data: Any) -> None:
-        # random numbers and no images: zeros take less power and run faster than what training sees
+        # random numbers, because zeros take less power and run faster than real images
         one = data.examples(2)
         views = [torch.randn(batch, *view.shape[1:], device=day.device) for view in one.views]
         rows = torch.arange(batch)
@@ -113,7 +113,7 @@ def measure(day: Day, name: str, mode: str, batch: int, turn: FileLock) -> dict[
 
 
 class Repeated:
-    """A loader that gives one batch without end; each step gets a copy of the record, not of its tensors."""
+    """A loader that repeats one batch endlessly; each step gets a copy of the record, but not of its tensors."""
 
     def __init__(self, batch: Any) -> None:
         self.batch = batch
@@ -128,7 +128,7 @@ def must_be_alone(day: Day) -> bool:
 
 
 def free(day: Day) -> None:
-    """Give the card's memory back to the other processes."""
+    """Free the card's memory for the other processes."""
     gc.collect()
     if not day.is_cpu:
         torch._dynamo.reset()
@@ -140,7 +140,7 @@ def arrive(day: Day, barrier: str, name: str) -> None:
 
 
 def meet(day: Day, barrier: str, name: str) -> None:
-    """Wait until every case is here, but not longer than a fraction of the part's time."""
+    """Wait until every case has reached the barrier, but no longer than a fraction of the part's time."""
     arrive(day, barrier, name)
     begun = float((day.work / "begun").read_text())
     files = [day.work / f"{barrier}-{other.replace('/', '-')}" for other in CASES]
@@ -148,21 +148,21 @@ def meet(day: Day, barrier: str, name: str) -> None:
 
 
 def graphs() -> dict[str, Any]:
-    """What torch.compile made."""
+    """Numbers of graphs and graph breaks of torch.compile."""
     from torch._dynamo.utils import counters
 
     return {"graphs": counters["stats"].get("unique_graphs", 0), "graph_breaks": sum(counters["graph_break"].values())}
 
 
 def utilization(day: Day, settings: Any, images_per_second: float) -> dict[str, Any]:
-    """Work per image, and which share of the data sheet's and of the measured peak it makes."""
+    """FLOPs per image, and the utilization relative to the data sheet's peak and to the measured one."""
     try:
         from sslvit.data.index import load_index
         from sslvit.train.forecast import PEAKS, mfu_per_throughput
 
         of_one_tflops = replace(settings, train=replace(settings.train, peak_tflops=1.0))
         flops = 1e12 * mfu_per_throughput(of_one_tflops, load_index(settings.data.shards))
-    except Exception as error:  # the speed counts without it
+    except Exception as error:  # the speed is valid without it
         return {"mfu_error": last_line(error)}
     machine = {record.get("what"): record for record in day.read("machine")}
     card = str(machine.get("versions", {}).get("card", "")).lower().replace(" ", "")

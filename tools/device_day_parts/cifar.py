@@ -1,4 +1,4 @@
-"""CIFAR-10 by the three recipes: a run that fits the time, then probes of its encoder and an untrained one."""
+"""CIFAR-10 with three recipes: a run that fits into the time, then probes of its encoder and of an untrained one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from device_day_parts.common import Day, in_a_run, recipe, synchronize
 
 RECIPES = ("mae/vit_tiny_cifar10", "dino/vit_tiny_cifar10", "igpt/small_cifar10")
-PROBING = 0.25  # fraction of a recipe's time that is left for figures and probes
-CALIBRATION = 3.0  # seconds of steps that tell how many fit
+PROBING = 0.25  # fraction of a recipe's time reserved for figures and probes
+CALIBRATION = 3.0  # seconds of steps from which the number of steps is estimated
 WARMUP = 5  # steps
 
 
@@ -21,7 +21,7 @@ def run_part(day: Day) -> None:
         run_recipe(day, day.item)
         return
     failed = []
-    processes = {name: day.start(name) for name in RECIPES}  # they import side by side, and take turns after that
+    processes = {name: day.start(name) for name in RECIPES}  # they import in parallel, then take turns
     for number, (name, process) in enumerate(processes.items()):
         day.wait_for(ready(day, name), until=time.time() + day.seconds_left / 2)
         ends, go = time.time() + day.seconds_left / (len(RECIPES) - number), turn_of(day, name)
@@ -51,7 +51,7 @@ def run_recipe(day: Day, name: str) -> None:
     ends = float(turn_of(day, name).read_text())
     begun, origin = time.time(), (day.work / "cifar.ready").read_text()
     train, test = day.work / "cifar" / "train", day.work / "cifar" / "test"
-    # the warm-up as of a run of this length, not of the recipe's
+    # null: a warm-up for a run of this length instead of the recipe's
     changes: dict[str, Any] = {"optim.warmup_epochs": None, "data.workers": day.pick(8, 0)}
     whole = recipe(day, name, train, "calibration", **changes, **{"train.steps": 10**6})
     rate = in_a_run(whole, lambda fit, trainer, task, data: steps_per_second(day, fit, trainer, task, data))
@@ -75,17 +75,17 @@ def run_recipe(day: Day, name: str) -> None:
 
 
 def ready(day: Day, name: str) -> Path:
-    """Appears when a recipe's process has imported what it needs."""
+    """File that appears when a recipe's process has finished its imports."""
     return day.work / f"ready-{name.replace('/', '-')}"
 
 
 def turn_of(day: Day, name: str) -> Path:
-    """Appears when a recipe may start, and holds the Unix time until which it may run."""
+    """File that appears when a recipe may start; it contains the Unix time until which the recipe may run."""
     return day.work / f"turn-{name.replace('/', '-')}"
 
 
 def steps_per_second(day: Day, fit: Any, trainer: Any, task: Any, data: Any) -> float:
-    """Of the run's own steps on its own data, after the first ones."""
+    """Speed of the run's own steps on its own data, without the first ones."""
     import pytorch_lightning as pl
 
     class Enough(Exception):
@@ -114,7 +114,7 @@ def steps_per_second(day: Day, fit: Any, trainer: Any, task: Any, data: Any) -> 
 
 
 def probe(day: Day, name: str, run: Path, train: Path, test: Path) -> None:
-    """Nearest neighbors first, which take seconds; then logistic regression."""
+    """Probe by nearest neighbors first, which takes seconds, then by logistic regression."""
     from sslvit.checkpoint import load_encoder
     from sslvit.evaluate.probe import probe as probe_encoders
     from sslvit.evaluate.probe import untrained

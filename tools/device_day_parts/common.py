@@ -1,4 +1,4 @@
-"""What the parts share: options, records, the device, and a run as `sslvit pretrain` prepares it."""
+"""Shared by the parts: options, records, the device, and runs prepared as in `sslvit pretrain`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Day:
         data: Folder with photographs and CIFAR-10, or None.
         is_cpu: Whether everything runs at tiny sizes on the CPU.
         deadline: Unix time at which the part is stopped.
-        item: What of the part this process does, where the part starts processes of its own.
+        item: The item that this process works on, if the part starts a process for each.
     """
 
     part: str
@@ -47,11 +47,11 @@ class Day:
         return self.deadline - time.time()
 
     def pick(self, on_gpu: Any, on_cpu: Any) -> Any:
-        """The size for the device at hand."""
+        """Choose the value for this device."""
         return on_cpu if self.is_cpu else on_gpu
 
     def record(self, **values: Any) -> None:
-        """Append one line to results.jsonl; it is there even if the process is killed right after."""
+        """Append one line to results.jsonl; it persists even if the process is killed right afterwards."""
         append_record(self.out / "results.jsonl", {"part": self.part, **values})
 
     def start(self, item: str) -> subprocess.Popen:
@@ -62,7 +62,7 @@ class Day:
         return subprocess.Popen([sys.executable, str(ROOT / "tools" / "device_day.py"), *words])
 
     def wait_for(self, *paths: Path, until: float | None = None) -> bool:
-        """Whether these files appear before a moment (the deadline, unless another is given)."""
+        """Wait until all files exist; False if they do not by `until`, or else by the deadline."""
         while time.time() < (until or self.deadline):
             if all(path.exists() for path in paths):
                 return True
@@ -89,7 +89,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def last_line(error: BaseException) -> str:
-    """An error in one line."""
+    """Format an error as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
@@ -101,7 +101,7 @@ def synchronize(day: Day) -> None:
 
 
 def median_seconds(day: Day, work: Callable[[], Any], seconds: float = 1.0, warmup: int = 3) -> float:
-    """Median duration of a call; on a GPU by CUDA events, with the host kept ahead of the device."""
+    """Median duration of a call; on a GPU measured by CUDA events, so that the host can run ahead of the device."""
     import statistics
 
     import torch
@@ -130,7 +130,7 @@ def median_seconds(day: Day, work: Callable[[], Any], seconds: float = 1.0, warm
 
 
 def recipe(day: Day, name: str, shards: Path, out: str, **changes: Any) -> Any:
-    """A recipe's settings for the device at hand; on a CPU with the tiny networks of the tests."""
+    """A recipe's settings for this device; on a CPU with the tiny networks of the tests."""
     from run_fixtures import RECIPES
 
     from sslvit.settings.load import load_recipe
@@ -145,14 +145,14 @@ def recipe(day: Day, name: str, shards: Path, out: str, **changes: Any) -> Any:
 
 
 class _Done(Exception):
-    """A run is left where its action has ended."""
+    """Raised to leave a run when its action has ended."""
 
 
 def in_a_run(settings: Any, action: Callable[..., Any]) -> Any:
-    """Call action(fit, trainer, task, data) where a run would begin its steps, and return its result.
+    """Call action(fit, trainer, task, data) instead of a run's training loop, and return its result.
 
-    Everything up to there is done by `sslvit pretrain` itself: the task (compiled or not), Trainer, callbacks, data.
-    `fit` is Trainer.fit. What a finished run writes (encoder, figures) is left out.
+    sslvit itself prepares everything before that: the task (compiled or not), Trainer, callbacks and data. `fit` is
+    Trainer.fit. The encoder and the figures of a finished run are not written.
     """
     from unittest.mock import patch
 
@@ -175,7 +175,7 @@ def in_a_run(settings: Any, action: Callable[..., Any]) -> Any:
 
 
 def pack_noise(folder: Path, count: int, side: int, classes: int = 10) -> Path:
-    """Small shards of random images, each class with its own mean color."""
+    """Pack small shards of random images, each class with its own mean color."""
     import numpy as np
 
     from sslvit.data.array_images import array_samples

@@ -1,4 +1,4 @@
-"""Images for the parts that read some: CIFAR-10 and photographs as shards, from --data or made."""
+"""Images for the other parts: CIFAR-10 and photographs as shards, from --data or generated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from device_day_parts.common import Day, last_line
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
 SYNTHETIC_CIFAR, SYNTHETIC_PHOTOS = 20_000, 64
-MIN_PHOTOS = 1024  # fewer are packed several times: a batch is not larger than its data set
+MIN_PHOTOS = 1024  # fewer are packed several times, since a batch cannot be larger than its data set
 
 
 def run_part(day: Day) -> None:
@@ -18,7 +18,7 @@ def run_part(day: Day) -> None:
         folder = day.work / name
         try:
             origin, images = pack(day, folder)
-        except Exception as error:  # of data that are not as expected: then images are made
+        except Exception as error:  # unexpected data: use generated images
             shutil.rmtree(folder, ignore_errors=True)
             origin, images = pack(Day(**{**vars(day), "data": None}), folder)
             origin = f"{origin} ({last_line(error)})"
@@ -27,14 +27,14 @@ def run_part(day: Day) -> None:
 
 
 def find(data: Path | None, word: str) -> Path | None:
-    """An archive or a folder whose name begins with a word; archives first."""
+    """Find an archive or a folder whose name begins with a word; archives take precedence."""
     found = [] if data is None else [path for path in data.iterdir() if path.name.lower().startswith(word)]
     archives = sorted(path for path in found if path.is_file() and ".t" in path.name)
     return next(iter([*archives, *sorted(path for path in found if path.is_dir())]), None)
 
 
 def pack_cifar(day: Day, folder: Path) -> tuple[str, int]:
-    """Shards in train/ and test/."""
+    """Pack CIFAR-10 into train/ and test/."""
     from device_day_parts.common import pack_noise
     from sslvit.data.pack import pack_source
     from sslvit.reports.demo import pack_cifar10
@@ -60,7 +60,7 @@ def pack_cifar(day: Day, folder: Path) -> tuple[str, int]:
 
 
 def pack_photos(day: Day, folder: Path) -> tuple[str, int]:
-    """Shards of at least MIN_PHOTOS images."""
+    """Pack at least MIN_PHOTOS photographs."""
     from sslvit.data.pack import pack_source
 
     found, source = find(day.data, "photo"), day.work / "photographs"
@@ -85,7 +85,7 @@ def pack_photos(day: Day, folder: Path) -> tuple[str, int]:
 
 
 def make_photos(folder: Path, count: int) -> None:
-    """JPEGs of ImageNet's usual size, with about as many bytes."""
+    """Generate JPEGs with the usual dimensions and file size of ImageNet's."""
     import numpy as np
     from PIL import Image
 

@@ -1,7 +1,7 @@
-"""The golden tests on the device, and short runs twice with deterministic kernels.
+"""The golden tests on the device, and short runs repeated with deterministic kernels.
 
-The tests are the repository's own: while one runs, new tensors lie on the device, fixtures are moved there when they
-are opened, and Trainers take it.
+The tests are the repository's own. While a test runs, new tensors are created on the device, fixtures are moved there
+when they are opened, and Trainers use it.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from device_day_parts.gpu_tests import Recorder, run_pytest
 FILES = ("tests/test_golden_encoders.py", "tests/tasks/test_mae_golden.py", "tests/tasks/test_dino_golden.py",
          "tests/tasks/test_igpt_golden.py", "tests/evaluate/test_probes.py", "tests/evaluate/test_protocols.py",
          "tests/test_palette.py")  # fmt: skip
-# what compares files, names and schedules, and computes nothing that a GPU would
+# tests that compare files, names and schedules, and compute nothing on a GPU
 LEFT_OUT = ()
 STEPS = 20
 
 
 class OnDevice:
-    """Runs the golden tests, and no others, on a device.
+    """Pytest plugin that runs only the golden tests, on a device.
 
     Args:
-        device: Where tensors are made.
-        is_bf16: Whether to run under autocast, and to note the error of what a test checks instead of refusing it.
+        device: Device on which tensors are created.
+        is_bf16: Whether to run under autocast, and to record errors of compared tensors instead of failing.
     """
 
     def __init__(self, device: str, is_bf16: bool) -> None:
         self.device, self.is_bf16 = device, is_bf16
-        self.errors: dict[str, list[float]] = defaultdict(list)  # of each fixture, relative by norm
+        self.errors: dict[str, list[float]] = defaultdict(list)  # fixture -> relative errors by norm
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         kept = [item for item in items if "golden" in getattr(getattr(item, "callspec", None), "params", {})
@@ -60,7 +60,7 @@ class OnDevice:
         def note(fixture: Any, key: str, ours: torch.Tensor) -> None:
             expected, tolerance = fixture[key], fixture.about["tolerance"]
             atol = tolerance.get("per_tensor_atol", {}).get(key, tolerance["atol"])
-            if expected.is_floating_point() and expected.abs().max() > 10 * atol:  # else it is zero but for rounding
+            if expected.is_floating_point() and expected.abs().max() > 10 * atol:  # otherwise zero except for rounding
                 error = (ours.double().view(expected.shape) - expected.double()).norm() / expected.double().norm()
                 self.errors[fixture.name].append(float(error))
 
@@ -77,9 +77,9 @@ class OnDevice:
 
 
 def run_part(day: Day) -> None:
-    os.environ |= {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # read when the libraries start
+    os.environ |= {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # read when libraries load
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False  # convolutions take it by default
+    torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions
     files = [str(ROOT / file) for file in FILES]
     run_pytest(day, *files, plugins=[OnDevice(day.device, is_bf16=False), Recorder(day)])
     deterministic(day)
@@ -90,7 +90,7 @@ def run_part(day: Day) -> None:
 
 
 def deterministic(day: Day) -> None:
-    """Each task's CIFAR-10 recipe for 20 steps, twice, by the weights that are left."""
+    """Run each task's CIFAR-10 recipe for 20 steps twice, and compare the final weights."""
     shards = pack_noise(day.work / "noise-32", 256, 32)
     for name in ("mae/vit_tiny_cifar10", "dino/vit_tiny_cifar10", "igpt/small_cifar10"):
         changes = {"data.global_batch_size": day.pick(64, 8), "train.steps": STEPS, "train.deterministic": True,
@@ -98,7 +98,7 @@ def deterministic(day: Day) -> None:
         try:
             settings = recipe(day, name, shards, "deterministic", **changes)
             one, other = (in_a_run(settings, final_weights) for _ in range(2))
-        except Exception as error:  # of this task; the others may do
+        except Exception as error:  # the other tasks may work
             day.record(deterministic=name, is_equal=False, error=last_line(error))
             continue
         different = [key for key in one if not torch.equal(one[key], other[key])]

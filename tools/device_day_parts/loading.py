@@ -1,4 +1,4 @@
-"""How fast `sslvit pretrain` gets its batches: its own loader, with nothing that trains."""
+"""Speed of the data loader of `sslvit pretrain`, without training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from device_day_parts.common import Day, in_a_run, last_line, recipe, synchronize
 
 WORKERS = 14
-# what is seen -> data set, recipe, images per batch, other settings
+# name -> data set, recipe, images per batch, other settings
 VIEWS = {
     "photographs, MAE's view of 224": ("photos", "mae/vit_large_in1k", 256, {}),
     "photographs, DINO's 2 x 224 + 8 x 96": ("photos", "dino/vit_small_in1k_100", 64, {}),
@@ -46,7 +46,7 @@ def iterate(day: Day, trainer: Any, data: Any) -> dict[str, Any]:
     data.trainer = trainer  # as Trainer.fit attaches it
     start = time.perf_counter()
     batches = iter(data.train_dataloader())
-    for _ in range(day.pick(WORKERS, 1)):  # one of each worker, which has then read its index
+    for _ in range(day.pick(WORKERS, 1)):  # one per worker, so that each has read its index
         batch = next(batches)
     synchronize(day)
     first = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Versions, and the ceilings that every other number is compared with."""
+"""Versions, and the peak rates with which other numbers are compared."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def versions(day: Day) -> dict[str, Any]:
 
 
 def processor() -> dict[str, str]:
-    """The CPU's name and the instructions that matter here, as Linux tells them."""
+    """The CPU's name and its relevant instruction sets, from /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -87,7 +87,7 @@ def processor() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checkout's commit; a copy without its history has none."""
+    """The checkout's commit; None for a copy without history."""
     words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(words, capture_output=True, text=True, timeout=5).stdout.strip() or None

@@ -1,4 +1,4 @@
-"""Imports everything once, and says what is missing."""
+"""Imports everything once, and records missing packages."""
 
 from __future__ import annotations
 

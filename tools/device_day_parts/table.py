@@ -1,4 +1,4 @@
-"""results.jsonl -> table.md."""
+"""Formatting results.jsonl as table.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from device_day_parts.common import last_line, read_records
 
 
 def write_table(out: Path) -> str:
-    """Write table.md from what is in results.jsonl, and return it; parts that left nothing have no section."""
+    """Write table.md from results.jsonl, and return its text; parts without results have no section."""
     by_part: dict[str, list[dict[str, Any]]] = {}
     for record in read_records(out / "results.jsonl"):
         by_part.setdefault(record["part"], []).append(record)
@@ -20,9 +20,7 @@ def write_table(out: Path) -> str:
         if any("ended" not in record for record in by_part.get(name, [])):
             try:
                 text += section(by_part[name])
-            except (
-                Exception
-            ) as error:  # records of a part that broke off; they are in results.jsonl, and the rest counts
+            except Exception as error:  # incomplete records of an interrupted part; the other sections are still valid
                 text += [f"## {name}", f"Not readable: {last_line(error)}"]
     page = "\n\n".join(text) + "\n"
     (out / "table.md").write_text(page)
@@ -30,14 +28,14 @@ def write_table(out: Path) -> str:
 
 
 def rows_of(head: str, rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table; the first column is text."""
+    """Format a Markdown table; the first column is text."""
     names = head.split(" | ")
     lines = [f"| {head} |", "|---|" + "---:|" * (len(names) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(map(cell, row)) + " |" for row in rows)])
 
 
 def cell(value: Any) -> str:
-    """A value in few digits."""
+    """Format a value in few digits."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""A callback that times the steps of a run, then lists where they wait for the device, then profiles one."""
+"""A callback that times the steps of a run, then finds where the host waits for the device, then profiles a step."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from device_day_parts.common import Day, last_line, synchronize
 WARMUP = 4  # steps, the first of which compiles
 TIMED_SECONDS = 2.0
 MIN_TIMED, MAX_TIMED = 5, 200  # steps
-LOG_EVERY = 10  # steps; waits are counted over as many, one of which logs
-TOP = 12  # kernels
+LOG_EVERY = 10  # steps; waits are counted over this many steps, one of which logs
+TOP = 12  # kernels to list
 
 
 class Finished(Exception):
@@ -31,7 +31,7 @@ class Finished(Exception):
 
 
 class Watch(pl.Callback):
-    """Fills `found` and raises Finished.
+    """Measures a run, stores the results in `found`, and raises Finished.
 
     Args:
         day: The part.
@@ -87,7 +87,7 @@ class Watch(pl.Callback):
             raise Finished
 
     def clock(self) -> float:
-        """Seconds, when the device has done all that it was given."""
+        """Time in seconds, after waiting for the device."""
         synchronize(self.day)
         return time.perf_counter()
 
@@ -127,15 +127,15 @@ class Watch(pl.Callback):
         self.marks.clear()
 
     def profile(self, do: Callable[[], None]) -> None:
-        """Do one thing to the profiler; times count without what it would show."""
+        """Start, stop or read the profiler; errors are only recorded, since the times are valid without a profile."""
         synchronize(self.day)
         try:
             do()
-        except Exception as error:  # a driver that keeps its counters to itself, say
+        except Exception as error:  # such as a driver without access to its counters
             self.found.setdefault("profile_error", last_line(error))
 
     def add_kernels(self) -> None:
-        """How many kernels a step has, and those that take the most time: name, count, milliseconds, share."""
+        """Store the number of kernels in a step, and the slowest ones: name, count, milliseconds, share."""
         kind, key = (DeviceType.CUDA, "self_device_time_total")
         if self.day.is_cpu:
             kind, key = (DeviceType.CPU, "self_cpu_time_total")
@@ -147,7 +147,7 @@ class Watch(pl.Callback):
 
 
 class Waits:
-    """Where the host waited for the device: file and line -> times, in steps that log and in those that do not.
+    """Counts host waits for the device: file and line -> count, in steps that log and in other steps.
 
     Args:
         day: The part.
@@ -167,7 +167,7 @@ class Waits:
             torch.cuda.set_sync_debug_mode("warn")
 
     def note(self, message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
-        """Take a warning; it counts for the innermost line of the package, or else of anything but this script."""
+        """Attribute a warning to the innermost line of the package, or else to the innermost outside this script."""
         if "synchronizing CUDA operation" not in str(message):
             return
         frames = [frame for frame in traceback.extract_stack() if "device_day" not in frame.filename]
@@ -181,7 +181,7 @@ class Waits:
         self.here.clear()
 
     def stop(self) -> dict[str, dict[str, int]] | None:
-        """What was found; None on a CPU, for which nobody waits."""
+        """Return the counts; None on a CPU, where the host never waits."""
         if not self.day.is_cpu:
             torch.cuda.set_sync_debug_mode("default")
         self.caught.__exit__(None, None, None)
