@@ -256,7 +256,7 @@ def _conversion_of(path: Path, array: np.ndarray, requested: str | None, notes: 
 def _read_idx(path: Path) -> np.ndarray:
     """Read IDX: two zero bytes, type, number of axes, axis lengths as big-endian 32-bit integers, then the values."""
     compressed = os.path.getsize(path)
-    is_gzipped = path.suffix == ".gz"
+    is_gzipped = path.suffix.lower() == ".gz"
     with (gzip.open if is_gzipped else open)(path, "rb") as file:
         try:
             head = file.read(4)

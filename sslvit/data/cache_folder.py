@@ -73,6 +73,7 @@ class CacheFolder:
             is_free = used + size <= self.limit
             with disk_errors_named(note):
                 if is_free and lock is not None:
+                    os.ftruncate(lock, 0)
                     os.pwrite(lock, str(size).encode(), 0)
                 write_atomically(note, str(used + size if is_free else used), sync=False)
         return is_free or lock is None

@@ -91,7 +91,7 @@ def decode_pixels(
     header = header or read_header(content)
     try:
         pixels = turn(_pixels(content, header, channels, bits, reduction, scratch), header.orientation)
-    except BadImage:
+    except (BadImage, MemoryError):
         raise
     except Exception as error:  # PIL raises whatever its format plugins raise
         raise BadImage(f"damaged image ({error})") from error

@@ -70,7 +70,10 @@ class Examples:
             return cls.of(open_shards(source, cache), count)
         found = folder_source(Path(expand_path(source)))
         numbers = evenly_spaced(len(found.samples), count)
-        contents: list[Content] = [found.samples[number].read() for number in numbers]
+        contents: list[Content] = []
+        for number in numbers:
+            with suppress(OSError, BadImage):  # packing skips it by name
+                contents.append(found.samples[number].read())
         return cls(str(source), len(found.samples), len(found.classes) if found.classes else None, contents)
 
     @property
@@ -96,7 +99,8 @@ class Examples:
         sizes = self.sizes
         if len(set(sizes)) != 1 or max(sizes[0]) > SMALL_SIDE or len(sizes) < len(self.contents):
             return False
-        return self.images * channels * sizes[0][0] * sizes[0][1] <= memory_limit_mb * 2**20
+        itemsize = 1 if all(read_header(content).bits == 8 for content in self.contents) else 4
+        return self.images * channels * sizes[0][0] * sizes[0][1] * itemsize <= memory_limit_mb * 2**20
 
     def images_per_second(self, views: Views, channels: int, memory_limit_mb: int = 0) -> float | None:
         """Images that one core decodes and crops per second; None if none is readable.

@@ -56,9 +56,10 @@ def folder_source(source: Path) -> ImageSource:
             counter.tick()
             return _sample(files, path, source)
 
+        above = (os.path.realpath(source),)
         for entry in _entries(source, skipped):
             if _is_folder(entry):
-                images = [sample_of(path) for path in _images_below(entry.path, source, skipped, ())]
+                images = [sample_of(path) for path in _images_below(entry.path, source, skipped, above)]
                 if images:
                     classes[entry.name] = images
                 else:

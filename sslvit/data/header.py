@@ -25,6 +25,8 @@ except ImportError:
     simplejpeg = None
 
 SUSPICIOUS_PIXELS = 1_000_000  # above this size, a file of very few bytes counts as damaged
+MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")  # of a JPEG's segments, which tell their length
+SCAN, END = b"\xda", b"\xd9"  # markers
 MAX_SCANS = 100  # in a progressive JPEG with its thumbnails; encoders write about ten
 MAX_PIXELS_PER_BYTE = 2000  # deflate reaches at most 1032 values per byte
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # other numbers of channels are stored as arrays
@@ -105,8 +107,10 @@ def read_header(content: Content, max_pixels: int = MAX_PIXELS, upright: bool = 
         return _check_pixels(_decoded_header(content, upright), max_pixels)
     if not content:
         raise BadImage("zero bytes")
-    if content.startswith(b"\xff\xd8") and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
-        raise BadImage(f"damaged image (a JPEG of {scans} scans, each of which takes as long as the image)")
+    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MAX_SCANS:
+        scans = _jpeg_scans(content)  # other data may follow the image, such as a phone's video
+        if scans > MAX_SCANS:
+            raise BadImage(f"damaged image (a JPEG of {scans} scans, each of which takes as long as the image)")
     header = None
     if content.startswith(NPY):
         header = _array_header(content)
@@ -119,6 +123,18 @@ def read_header(content: Content, max_pixels: int = MAX_PIXELS, upright: bool = 
     if pixels > SUSPICIOUS_PIXELS and pixels > MAX_PIXELS_PER_BYTE * len(content):
         raise BadImage(f"damaged image ({header.width} x {header.height} pixels in {len(content)} bytes)")
     return header
+
+
+def _jpeg_scans(content: bytes) -> int:
+    """Number of scans of a JPEG, from its markers up to the end of the image."""
+    scans, position = 0, 2
+    while found := MARKER.search(content, position):
+        marker, position = found[1], found.end()
+        if marker == END:
+            break
+        scans += marker == SCAN
+        position += int.from_bytes(content[position : position + 2], "big")
+    return scans
 
 
 def _check_pixels(header: Header, max_pixels: int) -> Header:

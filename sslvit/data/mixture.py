@@ -14,6 +14,12 @@ from sslvit.data.index import ShardIndex
 from sslvit.data.plan import EpochPlan
 
 
+def _of_channels(values: Sequence[float], channels: int, alpha: float) -> list[float]:
+    """A source's mean or standard deviation as images of another number of channels have it (gray, RGB, with alpha)."""
+    found = [*values] * (min(channels, 3) if len(values) == 1 else 1)
+    return found + [alpha] * (channels - len(found))
+
+
 class JoinedIndex:
     """Several data sets as one, without labels; samples and shards are numbered consecutively across them.
 
@@ -45,10 +51,8 @@ class JoinedIndex:
         sizes = [source.image_size for source in self.sources]
         self.image_size = sizes[0] if all(size == sizes[0] for size in sizes) else None
         weight = np.array(weights)[:, None] / sum(weights)
-        means, stds = (
-            np.array([(getattr(source, name) * self.channels)[: self.channels] for source in self.sources])
-            for name in ("mean", "std")
-        )
+        means = np.array([_of_channels(source.mean, self.channels, 1.0) for source in self.sources])
+        stds = np.array([_of_channels(source.std, self.channels, 0.0) for source in self.sources])
         mean = (weight * means).sum(0)
         self.mean = mean.round(4).tolist()
         self.std = np.sqrt((weight * (stds**2 + means**2)).sum(0) - mean**2).round(4).tolist()

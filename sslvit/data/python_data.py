@@ -241,20 +241,20 @@ def takes_datasets(
             bound, registered = signature.bind(*args, **kwargs), []
             named: dict[str, Any] = bound.arguments
             changes = named.get("changes", {})
-            for name in parameters:
-                where = changes if "." in name else named
-                if is_dataset(where.get(name)):
-                    use = "needed" if "." in name else labels
-                    index = python_index(where[name])
-                    if use == "read":
-                        index.read_labels()
-                    elif use == "needed":
-                        index.labels_of(slice(0))  # raises an error before any work is done
-                    where[name] = index.location
-                    if index.location not in _given:  # nested calls may be given the same data set
-                        registered.append(index.location)
-                        _given[index.location] = index
             try:
+                for name in parameters:
+                    where = changes if "." in name else named
+                    if is_dataset(where.get(name)):
+                        use = "needed" if "." in name else labels
+                        index = python_index(where[name])
+                        if use == "read":
+                            index.read_labels()
+                        elif use == "needed":
+                            index.labels_of(slice(0))  # raises an error before any work is done
+                        where[name] = index.location
+                        if index.location not in _given:  # nested calls may be given the same data set
+                            registered.append(index.location)
+                            _given[index.location] = index
                 return function(*bound.args, **bound.kwargs)
             finally:
                 for name in registered:

@@ -52,7 +52,11 @@ def find_labels(source: Samples, examples: Mapping[int, Any], reads_samples: boo
     if found is None:
         return Labels()
     try:
-        classes, numbers = number_labels(labels_in(np.asarray([plain(label) for label in found]), len(source)))
+        values = np.asarray([plain(label) for label in found])
+    except ValueError:
+        return Labels(note="labels are not used: they are lists or arrays of different lengths, not one class each")
+    try:
+        classes, numbers = number_labels(labels_in(values, len(source)))
     except Unlabeled as error:
         return Labels(note=str(error))
     except NotClasses as error:

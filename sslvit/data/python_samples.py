@@ -86,7 +86,12 @@ def as_content(image: Any) -> Content:
         BadImage: not an image, or its values are not valid pixels.
     """
     if isinstance(image, Image.Image):
-        image.load()  # this rotates a TIFF upright and updates its orientation
+        try:
+            image.load()  # this rotates a TIFF upright and updates its orientation
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL raises whatever its format plugins raise
+            raise BadImage(f"damaged image ({error})") from error
         return image
     if isinstance(image, Mapping) and {"bytes", "path"} <= image.keys():  # an undecoded Hugging Face image
         return image["bytes"] if image["bytes"] is not None else read_file(image["path"])

@@ -232,7 +232,8 @@ class _Prefetcher:
         with self.lock:
             wanted = self.wanted
             self.done &= set(wanted)  # other shards may be evicted before they are wanted again
-            shard = next((shard for shard in wanted if shard not in self.done | left_to_others), None)
+            passed_over = self.done | left_to_others
+            shard = next((shard for shard in wanted if shard not in passed_over), None)
             if shard is not None:
                 self.done.add(shard)
         return shard

@@ -109,7 +109,7 @@ def index_shards(folder: str | Path, workers: int | None = None, options: IndexO
     if options.orientation is None and earlier is not None and earlier.orientation == "stored":
         options = replace(options, orientation="stored")
     index = index_names(str(folder), names, lambda name: Path(folder) / name, workers, options)
-    if earlier is not None:
+    if earlier is not None and {one.sha256 for one in earlier.shards} & {one.sha256 for one in index.shards}:
         known = earlier.classes or []  # names written by packing; the tars hold only numbers
         if index.classes and all(name.isdecimal() for name in index.classes) and len(known) >= len(index.classes):
             index.classes = known

@@ -106,7 +106,8 @@ class RemoteFile:
         files, path = self._file_system()
         with self._named_errors():
             about = files.info(path)
-            return {key: str(about[key]) for key in ("size", *FSSPEC_VERSION) if about.get(key)}
+            found = {key: str(about[key]) for key in FSSPEC_VERSION if about.get(key)}
+            return found | ({"length": str(about["size"])} if about.get("size") else {})
 
     def _limit(self) -> int:
         return self.max_bytes if self.size is None else self.size

@@ -128,7 +128,7 @@ def explained_settings(kind: type = RunSettings, prefix: str = "", choice: Choic
         yield kind, f"{prefix}preset", None, PRESET
     for field in fields(kind):
         key, hint, text = prefix + field.name, hints[field.name], texts.get(field.name, "")
-        words = [str(word) for word in words_of(hint) if word is not None]
+        words = [in_yaml(word) for word in words_of(hint) if word is not None]
         if choice and field.name == choice.key:
             text += f" One of {', '.join(choice.records)}; the keys below are those of {field.default}."
         elif not all(re.search(rf"\b{re.escape(word)}\b", text) for word in words):

@@ -54,6 +54,20 @@ def test_images_of_other_modes_are_converted(mode: str, kind: str, channels: int
         assert np.abs(found[:, :, :3] - source[:, :, ::-1]).mean() > 30  # blue is not red
 
 
+def test_a_photograph_with_a_video_behind_it_is_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As phones write them; markers of scans are counted up to the end of the image."""
+    photograph = encoded(Image.fromarray(np.zeros((40, 50, 3), np.uint8)), "JPEG")
+    video = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8).tobytes() + b"\xff\xda" * 200
+    assert read_header(photograph + video).width == 50
+    start = photograph.index(b"\xff\xda")
+    many = photograph[:start] + photograph[start:-2] * 120 + photograph[-2:]
+    with pytest.raises(BadImage, match="a JPEG of 120 scans"):
+        read_header(many)
+    thumbnail = b"\xff\xe1" + (len(photograph) + 2).to_bytes(2, "big") + photograph  # ends before the image does
+    with pytest.raises(BadImage, match="a JPEG of 120 scans"):
+        read_header(many[:2] + thumbnail + many[2:])
+
+
 def test_images_with_alpha_of_other_modes_keep_their_grays() -> None:
     gray = Image.fromarray(np.full((4, 4), 77, np.uint8))
     assert (decode(encoded(gray, "PNG")) == 77).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,15 @@ def test_equal_names_in_two_folders_are_two_shards(tmp_path: Path) -> None:
 def test_missing_shards_of_a_mixture_are_those_of_one_source(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     small, large = numbered_shards(tmp_path / "a", 4), numbered_shards(tmp_path / "b", 200)
     joined = JoinedIndex([small, large], [1, 1])
+    clear = replace(large, channels=4, mean=[0.2, 0.3, 0.4, 1.0], std=[0.1, 0.1, 0.1, 0.0])
+    gray, color = (
+        replace(large, channels=1, mean=[0.5], std=[0.1]),
+        replace(large, channels=3, mean=[0.6, 0.5, 0.4], std=[0.1] * 3),
+    )
+    mixed = JoinedIndex([clear, color], [1, 1])  # an image without alpha is opaque
+    assert mixed.mean == [0.4, 0.4, 0.4, 1.0]
+    assert mixed.std[3] == 0
+    assert JoinedIndex([gray, color], [1, 1]).mean == [0.55, 0.5, 0.45]
     check_present(joined, 0.01)
     small.shard_path(0).unlink()
     assert joined.missing_shards() == {0: "missing shard"}

@@ -14,6 +14,7 @@ from shard_fixtures import encoded, photograph
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.transforms.functional import to_tensor
 
+from sslvit.data import python_data
 from sslvit.data.array_images import array_samples
 from sslvit.data.header import BadImage
 from sslvit.data.index import ShardIndex
@@ -196,6 +197,49 @@ def _items(dataset: list) -> set[int]:
 
 
 # ---- what cannot be read -------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_is_damaged_where_it_is_first_read_is_unreadable(tmp_path: Path) -> None:
+    """A data set may open files and leave reading their pixels to whoever takes them."""
+    for number, image in enumerate(photographs()):
+        image.save(tmp_path / f"{number}.png")
+    content = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(content[: len(content) // 2])
+    files = [tmp_path / f"{number}.png" for number in range(COUNT)]
+    index = python_index(Opened(files))
+    found = batches(index, np.arange(COUNT))
+    assert [key for one in found for key in one.unreadable] == ["Opened[1]"]
+    assert "damaged image" in next(reason for one in found for reason in one.unreadable.values())
+
+
+class Opened(Dataset):
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, item: int) -> Image.Image:
+        return Image.open(self.files[item])
+
+
+def test_labels_of_different_lengths_are_no_classes() -> None:
+    several = [(image, [0] * (1 + item % 2)) for item, image in enumerate(photographs())]
+    index = python_index(several)
+    index.read_labels()
+    assert index.classes is None
+    assert "labels are not used: they are lists or arrays of different lengths" in index.label_note
+
+
+def test_a_data_set_is_let_go_of_where_another_one_is_refused() -> None:
+    @takes_datasets("train", "val", labels="needed")
+    def evaluate(train: object, val: object) -> None:
+        raise AssertionError
+
+    labeled = [(image, item % 2) for item, image in enumerate(photographs())]
+    with pytest.raises(ValueError, match="no labels, which are needed here"):
+        evaluate(labeled, photographs())
+    assert not python_data._given
 
 
 def test_a_sample_that_cannot_be_made_is_named_and_replaced() -> None:

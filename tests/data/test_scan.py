@@ -14,8 +14,10 @@ from PIL import Image
 from shard_fixtures import contents, encoded, numbers_of, png, write_tar
 
 from sslvit.cli import main
+from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.inspect import check_shards, describe_shards
+from sslvit.data.pack import pack
 from sslvit.data.reader import ShardReader
 from sslvit.data.scan import IndexOptions, index_shards
 
@@ -261,6 +263,15 @@ def test_a_compressed_tar_is_called_one(tmp_path: Path, mode: str, kind: str) ->
         ValueError, match="no .tar files there, but 1 compressed ones .a.tar.gz, ....*--data.stream_samples"
     ):
         index_shards(tmp_path, workers=1)
+
+
+def test_names_of_classes_stay_with_the_shards_that_they_are_of(tmp_path: Path) -> None:
+    pack(array_samples(np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 0, 1]), tmp_path, ["cat", "dog"], workers=1)
+    assert index_shards(tmp_path, workers=1).classes == ["cat", "dog"]
+    for tar in tmp_path.glob("*.tar"):
+        tar.unlink()
+    write_tar(tmp_path / "shard-000000.tar", {"a.png": png(1), "a.cls": b"0", "b.png": png(2), "b.cls": b"1"})
+    assert index_shards(tmp_path, workers=1).classes == ["0", "1"]  # of another data set, whose names are not known
 
 
 def test_a_compressed_tar_beside_others_is_skipped_by_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
