@@ -505,3 +505,17 @@ def test_a_file_of_beit_is_refused_with_the_reason(tmp_path: Path) -> None:
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="a BEiT, which cannot be held: each of its blocks learns a relative position"):
         load_encoder(tmp_path / "b.safetensors")
+
+
+def test_a_model_of_timm_without_biases_of_queries_keys_and_values_gets_zeros(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    made = give_random_weights(monkeypatch)
+    create = timm.create_model
+    small = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2, "qkv_bias": False}
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **options | small))
+    encoder = load_encoder("timm:vit_tiny_patch16_224")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images), made[-1].forward_features(images))
+    assert "zeros take their place" in capsys.readouterr().out

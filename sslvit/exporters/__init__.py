@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ def export_encoder(
         WriteError: The disk is full or not writable; nothing is left behind.
         RuntimeError: The export failed, or its outputs differ; it stays in OUT.part, with the verdict.
     """
-    out, files, license = Path(out), [Path(file) for file in scores], hub_license(license)
+    out, files, license = Path(os.path.abspath(out)), [Path(file) for file in scores], hub_license(license)
     exporter = find_exporter(kind)
     if outputs == "reconstruction" and exporter is not transformers:
         raise ValueError(f"--outputs reconstruction: {kind} has no decoder of MAE. Use --format transformers.")

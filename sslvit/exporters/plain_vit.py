@@ -29,7 +29,8 @@ def unsupported_options(settings: EncoderSettings, outputs: str) -> dict[str, bo
         "pre_norm: true": settings.pre_norm,
         "patch_bias: false": not settings.patch_bias,
         "pooling: attention": is_pooled and settings.pooling == "attention",
-        f"feature_layer: {settings.feature_layer}": is_pooled and settings.feature_layer not in (None, settings.depth),
+        f"feature_layer: {settings.feature_layer}": outputs == "features"
+        and settings.feature_layer not in (None, settings.depth),
     }
 
 

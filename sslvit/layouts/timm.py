@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sslvit.layouts.transformers import fill_biases
 from sslvit.layouts.vit import HEADS, Converted, settings_from_shapes, split_by_prefix
 
 # the reason why BEiT's weights are refused
@@ -30,6 +31,8 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any
     known: dict[str, Any] = {"patch_bias": "patch_embed.proj.bias" in encoder}
     if "attn_pool.query" in encoder:
         known |= {"pooling": "attention", "pool_mlp": "attn_pool.mlp.fc1.weight" in encoder}
+    if "blocks.0.attn.proj.bias" in encoder and fill_biases(encoder):
+        notes.append("no biases of queries, keys and values: zeros take their place")
     settings = settings_from_shapes(encoder, heads, notes, **{**known, **changes})
     if settings.pooling != "attention":
         encoder, pool = split_by_prefix(encoder, ("attn_pool.",))

@@ -123,13 +123,18 @@ def interpolate(
 
 def _bicubic(image: Tensor, to: tuple[int, int], antialias: bool, offset: float) -> Tensor:
     """Resize to the given size, with an offset by DINO's scale factors."""
-    if not offset:
-        return F.interpolate(image, size=to, mode="bicubic", antialias=antialias)
-    factors = [(new + offset) / old for new, old in zip(to, image.shape[2:], strict=True)]
-    resized = F.interpolate(image, scale_factor=factors, mode="bicubic", antialias=antialias)
-    if resized.shape[2:] != to:
-        raise ValueError(f"positions interpolated to {tuple(resized.shape[2:])} instead of {to}")
-    return resized
+    pixels = image.float() if image.dtype in (torch.bfloat16, torch.float16) else image  # which a CPU cannot
+    is_narrow = antialias and is_same(to[1:], (1,))  # torch 2.15 resizes one column of pixels wrongly, not one row
+    if is_narrow:
+        pixels, to = pixels.mT, to[::-1]
+    if offset:
+        factors = [(new + offset) / old for new, old in zip(to, pixels.shape[2:], strict=True)]
+        resized = F.interpolate(pixels, scale_factor=factors, mode="bicubic", antialias=antialias)
+        if resized.shape[2:] != to:
+            raise ValueError(f"positions interpolated to {tuple(resized.shape[2:])} instead of {to}")
+    else:
+        resized = F.interpolate(pixels, size=to, mode="bicubic", antialias=antialias)
+    return (resized.mT if is_narrow else resized).to(image.dtype)
 
 
 def scaled_coordinates(grid: tuple[int, int], trained_grid: tuple[int, int], device: torch.device) -> list[Tensor]:

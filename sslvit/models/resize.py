@@ -28,11 +28,8 @@ def resize_weights(weights: dict[str, Tensor], old: EncoderSettings, new: Encode
     how = (new.interpolate_antialias, new.interpolate_offset)
     if old.pos_embed == "learned_2d":  # interpolation is linear and separable
         (rows, columns), (new_rows, new_columns) = old.grid, new.grid
-        # each repeated once, side by side: torch 2.15 interpolates images of width 1 wrongly with antialiasing
-        by_row = weights["pos_embed_row"].expand(-1, 2, -1).flatten(0, 1)
-        by_row = resample_table(by_row, (rows, 2), (new_rows, 2), *how)[::2]
-        by_column = weights["pos_embed_column"].expand(2, -1, -1).flatten(0, 1)
-        by_column = resample_table(by_column, (2, columns), (2, new_columns), *how)[:new_columns]
+        by_row = resample_table(weights["pos_embed_row"][:, 0], (rows, 1), (new_rows, 1), *how)
+        by_column = resample_table(weights["pos_embed_column"][0], (1, columns), (1, new_columns), *how)
         return weights | {"pos_embed_row": by_row[:, None], "pos_embed_column": by_column[None]}
     if old.pos_embed == "relative_bias":
         offsets = (2 * new.grid[0] - 1, 2 * new.grid[1] - 1)

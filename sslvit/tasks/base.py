@@ -209,12 +209,13 @@ class Task(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
         """The task's loss on validation images, with the same random numbers every time."""
-        if not batch.valid.all() and batch.valid.any():
+        images = int(batch.valid.sum())  # none, where a rank's part of the last round is only padding
+        if 0 < images < len(batch):
             batch = batch.rows(batch.valid)
         batch.first_row = batch_idx * len(batch)
         output = self.compute(batch, 0)
         metrics = {f"val/{name}": value for name, value in output.metrics.items()}
-        self.log_dict(metrics, batch_size=len(batch), sync_dist=self.trainer.world_size > 1)
+        self.log_dict(metrics, batch_size=images, sync_dist=self.trainer.world_size > 1)
         return output.metrics["loss"]
 
     def on_fit_start(self) -> None:
@@ -275,6 +276,8 @@ class Task(pl.LightningModule):
                     f"batch_size={run.images_per_pass}, or plan for another global_batch_size."
                 )
             batch.first_row = (self.trainer.global_rank * run.accumulation_steps + micro_step) * run.images_per_pass
+            batch.samples = batch.samples + batch.first_row  # which seed random erasing, anew in each step
+            batch.epochs = torch.full_like(batch.epochs, self.global_step)
         self.seed_dropout(batch, self.global_step)
         if self._current_step != self.global_step:
             self._current_step = self.global_step
@@ -408,11 +411,22 @@ class Task(pl.LightningModule):
         checkpoint["sslvit"] = {"encoder": describe_encoder(self.trained_encoder), "prefix": names[0] + "."}
 
 
+def is_view(value: Any) -> bool:
+    """Whether a value is a tensor of images 'b c h w'."""
+    return isinstance(value, Tensor) and value.ndim == 4
+
+
 def as_batch(batch: Any) -> Batch:
-    """Make a Batch from images, from `(images, labels)`, or from `(views, labels)` with a list of views."""
-    images, labels = (batch[0], batch[1] if len(batch) > 1 else None) if isinstance(batch, Sequence) else (batch, None)
-    views = list(images) if isinstance(images, Sequence) else [images]
-    if not all(isinstance(view, Tensor) and view.ndim == 4 for view in views):
+    """Make a Batch from images, a list of views, `(images, labels)`, or `(views, labels)` with a list of views."""
+    several = list(batch) if isinstance(batch, Sequence) else [batch]
+    labels = None
+    if len(several) > 1 and not is_view(several[1]):
+        images, labels = several[:2]
+        several = list(images) if isinstance(images, Sequence) else [images]
+    elif len(several) == 1 and isinstance(several[0], Sequence):
+        several = list(several[0])
+    views = several
+    if not all(map(is_view, views)):
         raise ValueError("a batch must be images 'b c h w', (images, labels), or (a list of views, labels).")
     numbers = torch.arange(len(views[0]))
     return Batch(views, labels, numbers, torch.ones_like(numbers, dtype=torch.bool), torch.zeros_like(numbers), -1)

@@ -107,8 +107,9 @@ class Supervised(Task):
             for kind, alpha in ((v2.MixUp, self.settings.mixup), (v2.CutMix, self.settings.cutmix))
             if alpha
         ]
+        target = self.one_hot(batch, images)  # refuses a batch without labels
         if not makers:
-            return images, self.one_hot(batch, images)
+            return images, target
         with rng.torch_seeded(self.run.seed, "mix", step, batch.first_row):
             images, target = v2.RandomChoice(makers)(images, batch.labels)
         return images, target.to(images.dtype)

@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sslvit.models import ViTEncoder, preset, transformer
 from sslvit.models.positions import (
     RelativeBias,
     TokenLayout,
+    interpolate,
     normalized_coordinates,
     resample_table,
     rotary_2d,
@@ -200,6 +202,31 @@ def test_other_sizes_pass_and_the_own_size_is_not_resampled(tokens: str, positio
         _, other = encoder.position_table((8, 8))
         smooth = torch.nn.functional.avg_pool2d(other.T.reshape(1, 48, 8, 8), 2)[0].flatten(1).T
         assert torch.nn.functional.cosine_similarity(smooth, own).min() > 0.7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+def test_one_column_of_positions_is_interpolated_as_one_row_is(offset: float) -> None:
+    """Which torch does not do where it antialiases."""
+    row = torch.randn(1, 5, 1, 8, generator=torch.Generator().manual_seed(0))
+    for columns in (12, 4, 1):
+        to = (1, columns)
+        expected = F.interpolate(row.expand(-1, -1, 8, -1), size=(8, columns), mode="bicubic", antialias=True)[:, :, :1]
+        if not offset:
+            torch.testing.assert_close(interpolate(row, to), expected)
+        one, other = (interpolate(image, size, True, offset) for image, size in ((row, to), (row.mT, to[::-1])))
+        torch.testing.assert_close(other.mT, one)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("positions", ["learned_1d", "learned_2d", "sincos_2d", "relative_bias"])
+def test_an_encoder_of_16_bits_sees_other_sizes_on_a_cpu(dtype: torch.dtype, positions: str) -> None:
+    encoder = make(pos_embed=positions)
+    expected = encoder(images(64, 32))
+    found = encoder.to(dtype)(images(64, 32).to(dtype))
+    assert found.dtype == dtype
+    assert torch.nn.functional.cosine_similarity(found.float(), expected, dim=2).min() > 0.99
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings, SupervisedSettings
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import make_task
+from sslvit.tasks.base import as_batch
 from sslvit.tasks.mae import MAE
 from sslvit.tasks.supervised import Supervised
 
@@ -60,6 +62,36 @@ def loader(images: int = 16, batch: int = 8) -> DataLoader:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(images, 3, 8, 8, generator=generator)
     return DataLoader(TensorDataset(pixels, torch.arange(images) % 2), batch)
+
+
+def test_what_a_loader_of_ones_own_may_give() -> None:
+    views, labels = [torch.zeros(4, 3, side, side) for side in (8, 8, 4)], torch.arange(4)
+    for given, count, has_labels in (
+        (views[0], 1, False), ([views[0]], 1, False), ((views[0], labels), 1, True), (views, 3, False),
+        ([views], 3, False), ((views, labels), 3, True), ([views[0], labels, "a.jpg"], 1, True),
+    ):  # fmt: skip
+        batch = as_batch(given)
+        assert (len(batch.views), batch.labels is not None) == (count, has_labels)
+    for given in (labels, (labels, labels), [views[0], views[1], labels], "abc"):
+        with pytest.raises(ValueError, match="a batch must be images 'b c h w'"):
+            as_batch(given)
+
+
+def test_random_erasing_of_plain_batches_differs_from_step_to_step(tmp_path: Path) -> None:
+    encoder = {"encoder.image_size": 8, "encoder.patch": 4, "encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2}
+    settings = load_recipe("finetune/small_images", encoder | {
+        "data.global_batch_size": 8, "train.steps": 4, "task.erase": 1.0, "task.mixup": 0, "task.cutmix": 0,
+        "task.classes": 2, "train.micro_batch_size": 4, "data.shards": "none",
+    })  # fmt: skip
+    task = make_task(settings, RunPlan(4, 2, 8, 4))
+    assert isinstance(task, Supervised)
+    seen: list[torch.Tensor] = []
+    erase = task.erase
+    task.erase = lambda batch, step: seen.append(erase(batch, step)) or seen[-1]
+    same = DataLoader(TensorDataset(torch.zeros(16, 3, 8, 8), torch.arange(16) % 2), 4)
+    quiet_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2).fit(task, same)
+    assert len(seen) == 4
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
 
 
 @pytest.mark.parametrize("recipe", SMALL_TASK)
