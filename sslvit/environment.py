@@ -43,6 +43,11 @@ REMEDIES = {
 }
 
 
+def shortened_by() -> dict[str, str]:
+    """The limit of MAX_STEPS, for keys of results that are kept: empty where the variable is not set."""
+    return {MAX_STEPS: os.environ[MAX_STEPS]} if os.environ.get(MAX_STEPS) else {}
+
+
 def explain(error: BaseException) -> str | None:
     """The remedy for an error caused by the machine or by incompatible libraries, or None."""
     text = str(error)

@@ -40,6 +40,14 @@ class Counter:
         self.done += units
 
 
+def _columns() -> int:
+    """Width of the terminal that bars are drawn on, which stdout may not be."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError, AttributeError):
+        return shutil.get_terminal_size((80, 24)).columns
+
+
 class Bar:
     """A progress bar on one line of the terminal, with a count and the remaining time.
 
@@ -76,7 +84,7 @@ class Bar:
             cells = f"{full * count}{empty * (BAR_CELLS - count)} "
             bits += time_left(self.start, now, self.first, done, self.total)
         around = "".join(f"{bar.brief}; " for bar in Bar.shown[:-1] if bar.brief)
-        room = shutil.get_terminal_size((80, 24)).columns - 1
+        room = _columns() - 1
         line = f"{around}{self.what}: {cells}{', '.join(bits)}"[:room]
         write(f"\r{line}{' ' * (self.width - len(line))}")
         self.width = len(line)
@@ -214,7 +222,10 @@ def _report(
             if total is not None:
                 bits += time_left(start, now, 0, count, total)
             if count or total is not None:
-                logger.info(f"{what}: {', '.join(bits)}")
+                try:
+                    logger.info(f"{what}: {', '.join(bits)}")
+                except BrokenPipeError:  # the reader has exited; the command ends at its next line
+                    return
     finally:
         _trackers[0] -= 1
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sslvit.files import WriteError, new_file
+from sslvit.files import WriteError, new_file, write_atomically
 from sslvit.stopping import RankLost
 from sslvit.weight_files import ChecksumWriter, check_checksum, read_torch_file
 
@@ -92,7 +92,7 @@ def write_shard(manifest: dict[str, Any], shards: dict[str, Tensor], path: Path,
         write_checkpoint({"global_step": manifest["global_step"], "tensors": shards}, file, path)
     except RuntimeError as error:
         with suppress(OSError):
-            file.with_suffix(FAILED).write_text(str(error))
+            write_atomically(file.with_suffix(FAILED), str(error))
         raise
 
 

@@ -207,7 +207,7 @@ def requeue() -> None:
         return
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-        reason = done.stderr.strip() if done.returncode else ""
+        reason = (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = str(error)
     outcome = f"was not taken: {reason}. Submit it again." if reason else "is in the queue again."

@@ -103,17 +103,19 @@ def run_one(options: argparse.Namespace) -> int:
 def run_all(options: argparse.Namespace, chosen: list[str], work: Path) -> list[bool]:
     """Run the chosen parts; returns for each whether it succeeded."""
     ended, packing, due = [], None, time.time()
-    for name in chosen:
-        limit = PARTS[name] * options.seconds / TOTAL
-        due += limit
-        limit = max(limit, MIN_ON_CPU if options.cpu else due - time.time())  # plus time left by earlier parts
-        ended.append(run_process(options, name, limit, work))
-        if name == "start" and not ended[0]:
-            break  # no other part could run
-        if name == "machine" or (name == "start" and "machine" not in chosen):  # `machine` must run undisturbed
-            packing = start_process(options, DATA, DATA_SECONDS, work) if NEED_DATA & set(chosen) else None
-    if packing is not None:
-        stop(packing)
+    try:
+        for name in chosen:
+            limit = PARTS[name] * options.seconds / TOTAL
+            due += limit
+            limit = max(limit, MIN_ON_CPU if options.cpu else due - time.time())  # plus time left by earlier parts
+            ended.append(run_process(options, name, limit, work))
+            if name == "start" and not ended[0]:
+                break  # no other part could run
+            if name == "machine" or (name == "start" and "machine" not in chosen):  # `machine` must run undisturbed
+                packing = start_process(options, DATA, DATA_SECONDS, work) if NEED_DATA & set(chosen) else None
+    finally:
+        if packing is not None:
+            stop(packing)
     return ended
 
 

@@ -128,7 +128,8 @@ def run_health(options: HealthOptions) -> None:
 
     given = vars(only(Passes, options)) | vars(only(UnreadableImages, options)) | vars(only(Readout, options))
     table = health(load_scored(options), options.data, images=options.images, seed=options.seed, **given)
-    report(options, f"\n{table}", table.to_dict())
+    if is_first_process():
+        report(options, f"\n{table}", table.to_dict())
 
 
 @dataclass(kw_only=True)

@@ -45,6 +45,8 @@ def run_demo(options: DemoOptions) -> None:
     """Run the demo."""
     from sslvit.settings.demo import check_demo
 
+    if options.archive is not None and options.data != "cifar10":
+        raise ValueError("--archive: is CIFAR-10's. Add --data cifar10.")
     check_demo(options.data, options.changes)
     from sslvit.reports.demo import demo
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from sslvit.api import finetune, for_labels
 from sslvit.checkpoint import fingerprint, load_encoder
-from sslvit.environment import pick_device
+from sslvit.environment import pick_device, shortened_by
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.encoders import open_encoder
 from sslvit.evaluate.features import FeatureExtractor
@@ -231,7 +231,7 @@ class BenchRun:
             "batch": self.settings.batch, "device": self.device.split(":")[0],
             "precision": source.precision,
         }  # fmt: skip
-        key = _key(identity)
+        key = _key(identity | shortened_by())
         file = self.folder / "cells" / f"{key}.json"
         if file.exists():
             found = json.loads(file.read_text())
@@ -277,7 +277,7 @@ class BenchRun:
         train, val = (labeled.index.fingerprint() for labeled in self.sets[data])
         key = _key(
             {"start": None if is_scratch else fingerprint(encoder), "recipe": recipe, "seed": seed, "train": train,
-             "val": val, "device": self.device.split(":")[0]}
+             "val": val, "device": self.device.split(":")[0], **shortened_by()}
         )  # fmt: skip
         folder = RunFolder(self.folder / "finetune" / key)
         if not (folder.scores.exists() and (folder.encoder / "encoder.json").exists()):  # the last things written

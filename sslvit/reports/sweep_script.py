@@ -76,7 +76,11 @@ def list_commands(planned: list[SweepRun], shared: Sequence[str]) -> list[str]:
     commands = []
     for run in runs:
         words = [*shared, *format_options(run.changes), "--out", str(run.folder.path)]
-        commands.append(shlex.join(["sslvit", "pretrain", *words, *(["--resume"] if run.folder.goes_on else [])]))
+        if run.folder.has_diverged_at_start:
+            words.append("--overwrite")
+        elif run.folder.goes_on:
+            words.append("--resume")
+        commands.append(shlex.join(["sslvit", "pretrain", *words]))
     return commands
 
 

@@ -16,6 +16,7 @@ from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
 from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
+from sslvit.environment import MAX_STEPS
 from sslvit.evaluate import scores
 from sslvit.figures import plot_bars
 from sslvit.models import ViTEncoder
@@ -177,6 +178,19 @@ def test_a_fine_tuning_that_was_cut_off_is_finished_before_it_counts(
     assert main(["bench", write(files, tmp_path)]) == 0
     assert (folder / "encoder" / "encoder.json").exists()
     assert (folder / "encoder" / "head.safetensors").exists()
+
+
+def test_scores_of_shortened_heads_do_not_stand_for_whole_ones(
+    files: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever tries a bench with SSLVIT_MAX_STEPS gets its scores measured afterwards."""
+    columns, cells = {"dinov2": files["columns"]["dinov2"]}, tmp_path / "bench" / "cells"
+    monkeypatch.setenv(MAX_STEPS, "1")
+    assert main(["bench", write(files, tmp_path, columns=columns, baselines=[])]) == 0
+    tried = {path.name for path in cells.iterdir()}
+    monkeypatch.delenv(MAX_STEPS)
+    assert main(["bench", write(files, tmp_path, columns=columns, baselines=[])]) == 0
+    assert len({path.name for path in cells.iterdir()} - tried) == len(tried) == 3
 
 
 def test_a_papers_choice_is_said_and_not_made(files: dict, tmp_path: Path) -> None:

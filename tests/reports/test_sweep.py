@@ -395,6 +395,15 @@ def test_listed_commands_are_the_runs_of_the_sweep(shards: Path, tmp_path: Path,
         assert first == "sslvit"
         assert main(rest) == 0
     capsys.readouterr()
+    (ended,) = (tmp_path / "sweep").glob("*depth=2*")  # as a run that was not finite before its first checkpoint
+    for name in ("checkpoints", "encoder"):
+        shutil.rmtree(ended / name)
+    (ended / "incident").mkdir()
+    assert main([*words(shards, tmp_path / "sweep"), "--encoder.depth=1,2", "--list"]) == 0
+    (command,) = capsys.readouterr().out.splitlines()
+    assert command.endswith(" --overwrite")
+    assert main(shlex.split(command)[1:]) == 0
+    capsys.readouterr()
     assert main([*words(shards, tmp_path / "sweep"), "--encoder.depth=1,2"]) == 0  # takes them as its own
     assert capsys.readouterr().out.count(", finished") == 2
     assert main([*words(shards, tmp_path / "sweep"), "--encoder.depth=1,2", "--list", "--json"]) == 0

@@ -318,6 +318,9 @@ def test_slurm_is_asked_to_run_the_job_again(
     with pytest.raises(Preempted):
         run(shards, tmp_path / "other", **{"train.requeue": False})
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    command.write_text("#!/bin/sh\nexit 3\n")
+    requeue()
+    assert "SLURM job 4711 was not taken: exit code 3. Submit it again." in capsys.readouterr().err
     command.write_text("#!/bin/sh\necho no such job >&2\nexit 1\n")
     requeue()
     assert "was not taken: no such job. Submit it again." in capsys.readouterr().err

@@ -37,7 +37,8 @@ def measure(options: argparse.Namespace, python: str = sys.executable, **request
     command = [python, str(HERE / "contestants.py"), json.dumps(request | {"cpu_time": options.cpu_time})]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
-        raise SystemExit(f"{request}: {done.stderr.strip().splitlines()[-1]}")
+        reason = [f"exit code {done.returncode}", *done.stderr.strip().splitlines()][-1]
+        raise SystemExit(f"{request}: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -89,6 +89,7 @@ def make_photos(folder: Path, count: int) -> None:
     import numpy as np
     from PIL import Image
 
+    shutil.rmtree(folder, ignore_errors=True)  # of an archive that could not be used
     folder.mkdir(parents=True)
     source = np.random.default_rng(0)
     for number in range(count):

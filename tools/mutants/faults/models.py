@@ -572,8 +572,8 @@ FAULTS = [
     Fault(
         "Tables are interpolated bilinearly",
         POSITIONS,
-        'F.interpolate(image, size=to, mode="bicubic"',
-        'F.interpolate(image, size=to, mode="bilinear"',
+        'F.interpolate(pixels, size=to, mode="bicubic"',
+        'F.interpolate(pixels, size=to, mode="bilinear"',
         GOLDEN,
     ),
     Fault(

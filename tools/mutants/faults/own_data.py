@@ -71,8 +71,8 @@ FAULTS = [
           "about.st_size if about.st_mtime >= began else 0", "about.st_size",
           ("tests/test_hub.py::test_what_is_downloaded_is_said",)),
     Fault("A count without a total says that nothing was found", "sslvit/progress.py",
-          "            if count or total is not None:\n                logger.info",
-          "            if True:\n                logger.info",
+          "            if count or total is not None:\n                try:",
+          "            if True:\n                try:",
           ("tests/test_progress.py::test_elsewhere_a_count_without_a_total_is_a_line_once_something_is_done",)),
     # functions
     Fault("A function draws the same in every epoch", "sslvit/data/transform.py",
