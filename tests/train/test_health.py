@@ -24,7 +24,7 @@ from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.tasks.base import StepOutput, Task, as_batch
 from sslvit.tasks.symptoms import Symptom, not_learning
-from sslvit.train.callbacks.health import Health, measure, not_finite
+from sslvit.train.callbacks.health import Health, checked_every, measure, not_finite
 from sslvit.train.folder import RunFolder, append_lines
 from sslvit.train.run import pretrain
 
@@ -104,6 +104,11 @@ def test_each_symptom_names_its_knob(seen: dict, task: dict, name: str | None, k
 def find_symptom(task: Task, measures: dict, images: int = 64) -> Symptom | None:
     """As the health check finds it."""
     return not_finite(measures, task.optim) or next(iter(task.symptoms(measures | {"images": float(images)})), None)
+
+
+def test_long_runs_are_checked_some_hundred_times() -> None:
+    """The host computes spectra in a check, for which a GPU may have to wait."""
+    assert [checked_every(steps, 20) for steps in (1, 4999, 5000, 9999, 10_000, 500_000)] == [20, 20, 20, 20, 40, 2000]
 
 
 def test_a_suggestion_is_not_what_is_set_already() -> None:

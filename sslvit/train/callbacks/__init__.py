@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from sslvit.data.module import ShardDataModule
 from sslvit.settings import RunSettings, SupervisedSettings
 from sslvit.train.callbacks.checkpoints import Checkpoints
-from sslvit.train.callbacks.health import Health
+from sslvit.train.callbacks.health import Health, checked_every
 from sslvit.train.callbacks.incidents import Incidents
 from sslvit.train.callbacks.ledger import STEPS_BETWEEN_COUNTS, Ledger
 from sslvit.train.callbacks.page import Page
@@ -51,7 +51,9 @@ def make_callbacks(
             folder, index, data.plan, settings.data.max_unreadable_fraction, settings.data.ledger
         ),  # may end the run
         Incidents(folder, index, train.skip_limit),  # may end the run, so before the step is recorded
-        Health(folder, run, train.log_every),  # records measures for the line of metrics
+        Health(
+            folder, run, checked_every(run.total_steps, train.log_every)
+        ),  # records measures for the line of metrics
         *scoring,  # record scores for the same line
         RunLog(folder, run, train.log_every, clock, mfu),  # writes the line
         Page(folder, train.log_every),  # shows the line

@@ -29,10 +29,16 @@ logger = logging.getLogger(__name__)
 
 MIN_CHECKS = 3  # needed for a verdict; in long runs, as many as fit in one fiftieth of the steps
 CHECKS_PER_RUN = 50
+MAX_CHECKS = 250  # in a run; the host computes spectra meanwhile, for 30 to 240 ms, and a GPU may have to wait
 MAX_ROWS = 512  # of features, since their spectrum is computed on the CPU
 CURVE_LOOKS = 20  # checks of the loss curve in the second half of a run
 FAIL_FRACTION = 0.8  # of the last checks show a symptom in a collapse, and none after a recovery
 NOT_CHECKED, NOT_LEARNING, TOO_EARLY = "not checked", "not learning", "too early to say"
+
+
+def checked_every(total_steps: int, log_every: int) -> int:
+    """Number of steps between two checks: those of a line of metrics, or of several where a run has very many."""
+    return log_every * max(1, total_steps // (MAX_CHECKS * log_every))
 
 
 def measure(logged: dict[str, Tensor]) -> dict[str, float]:
