@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from export_fixtures import shaken
+from packaging.version import Version
 from run_fixtures import TINY, TINY_DINO
 from safetensors.torch import load_file, save_file
 from shard_fixtures import labeled_shards
@@ -87,7 +88,11 @@ def assert_same(encoder: ViTEncoder, reference: object, sizes: list[tuple[int, i
 
 TRANSFORMERS = [
     {}, {"use_gated_mlp": True, "hidden_act": "silu"}, {"query_bias": False, "value_bias": False},
-    {"key_bias": True, "num_register_tokens": 0, "layer_norm_eps": 0.1}, {"image_size": [16, 24], "num_channels": 1},
+    {"key_bias": True, "num_register_tokens": 0, "layer_norm_eps": 0.1},
+    pytest.param(
+        {"image_size": [16, 24], "num_channels": 1},
+        marks=pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="its DINOv3 is square"),
+    ),
     dict.fromkeys(("query_bias", "value_bias", "proj_bias", "mlp_bias"), False),
 ]  # fmt: skip
 
@@ -323,7 +328,9 @@ def test_a_file_that_lacks_any_tensor_is_refused(kind: str, tmp_path: Path) -> N
         weights = of_timm("vit_small_plus_patch16_dinov3_qkvb", depth=1).state_dict()
     else:
         of_transformers(tmp_path, num_hidden_layers=1, use_gated_mlp=True, hidden_act="silu")
-        weights = load_file(tmp_path / "model.safetensors")
+        weights = {
+            name: value.clone() for name, value in load_file(tmp_path / "model.safetensors").items()
+        }  # saved over
     file = tmp_path / ("model.safetensors" if kind == "folder" else "lossy.safetensors")
     optional = ("rope_embed.periods", "bias_mask", *(("mask_token",) if kind != "folder" else ()))
     for lost in weights:
