@@ -124,6 +124,9 @@ def resume(
         if key in changes:
             raise ValueError(f"--{key}: a run that goes on keeps its folder and its start. Leave it out.")
     with named_function(transform) as view, given_backbone(backbone):
+        for key in ("data.shards", "data.mixture"):
+            if data is not None and key in changes:
+                raise ValueError(f"--data and --{key} exclude each other: give one of them.")
         again = {"data.shards": name_of(data), "task.val": name_of(val), **view}
         changes |= {key: name for key, name in again.items() if name is not None}
         before = folder.given_from_python()

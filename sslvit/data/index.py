@@ -257,9 +257,11 @@ def unlisted_warning(index: ShardIndex) -> str:
     names = index.unlisted()
     if not names:
         return ""
+    is_compressed = names[0].endswith(COMPRESSED_TARS)
+    how = "unpack them (gunzip), then " if is_compressed else ""
     return (
         f"{len(names)} of {len(names) + len(index.shards)} tar files there are not in index.json and are NOT read (the "
-        f"first: {printable(names[0])}). To read them too: sslvit shards index {printable(index.location)}"
+        f"first: {printable(names[0])}). To read them too: {how}sslvit shards index {printable(index.location)}"
     )
 
 

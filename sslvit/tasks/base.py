@@ -136,7 +136,10 @@ class Task(pl.LightningModule):
         return None
 
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
-        """Figures of the model's predictions for these images: name -> (row titles, rows 'b c h w' in [0, 1])."""
+        """Figures of the model's predictions for these images: name -> (row titles, rows 'b c h w' in [0, 1]).
+
+        The images and the model are on the device that the run trained on; the rows are arrays.
+        """
         return {}
 
     def extra_weights(self) -> dict[str, Tensor]:

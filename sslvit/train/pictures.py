@@ -56,9 +56,12 @@ def plot_pictures(folder: RunFolder, task: Task, data: ShardDataModule, device: 
         task.to("cpu")
         logger.info("no pictures: what the encoder gives is not finite")
         return
-    for name, (titles, rows) in task.figures(moved).items():
+    try:
+        figures = task.figures(moved)
+    finally:
+        task.to("cpu")
+    for name, (titles, rows) in figures.items():
         plot_images(folder.figures / f"{name}.png", rows, titles)
-    task.to("cpu")
     encoder = task.trained_encoder
     if isinstance(encoder, Backbone) or encoder.settings.tokens == "pixel":
         return  # a backbone has no tokens; those of a pixel sequence are not patches, and its size is fixed

@@ -15,7 +15,7 @@ from shard_fixtures import contents, encoded, numbers_of, png, write_tar
 
 from sslvit.cli import main
 from sslvit.data.array_images import array_samples
-from sslvit.data.index import load_index
+from sslvit.data.index import load_index, unlisted_warning
 from sslvit.data.inspect import check_shards, describe_shards
 from sslvit.data.pack import pack
 from sslvit.data.reader import ShardReader
@@ -279,6 +279,7 @@ def test_a_compressed_tar_beside_others_is_skipped_by_name(tmp_path: Path, capsy
     assert index_shards(tmp_path, workers=1).skipped == {}
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     assert load_index(tmp_path).unlisted() == ["b.tar.gz"]
+    assert "To read them too: unpack them (gunzip), then sslvit shards index" in unlisted_warning(load_index(tmp_path))
     index = index_shards(tmp_path, workers=1)
     assert numbers_of(index) == [1]
     assert index.skipped == {"b.tar.gz": "compressed tar file, which cannot be read by offset"}

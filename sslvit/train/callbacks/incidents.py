@@ -54,7 +54,9 @@ class Incidents(StepCallback):
         every device.
         """
         guard = module.guard
-        self.count(trainer, module, wait=module.logs_features or self.in_a_row + guard.pending >= self.limit)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # which Lightning sets without a type
+        is_line_due = self.step % every == 0 or self.step == module.run.total_steps
+        self.count(trainer, module, wait=is_line_due or self.in_a_row + guard.pending >= self.limit)
         if self.in_a_row >= self.limit:
             self.save(trainer, module)
             trainer.strategy.barrier()

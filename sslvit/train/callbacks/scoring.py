@@ -151,15 +151,20 @@ class Validation(ScoringCallback):
         """Score the last step if it has no score: the score failed there, or a callback ended the run at that step.
 
         Raises:
-            NoScore: it fails again. The weights are saved, and a resume tries once more.
+            NoScore: the score of the run's last step fails again. The weights are saved, and a resume tries once more.
         """
         scored_step = (read_json(self.folder.scores) or {}).get("step")
         if broadcast_from_rank0(scored_step == trainer.global_step):
             return
         self.step, self.has_ended = trainer.global_step, True
         module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
-        with scored_copy(module) as full:
-            self.scores(trainer, full)
+        try:
+            with scored_copy(module) as full:
+                self.scores(trainer, full)
+        except NoScore as error:  # on all ranks alike
+            if self.step == self.total_steps:
+                raise
+            logger.warning(f"step {self.step}: no score: {error}")
         module.cpu()
 
     def write(self, found: Accuracy) -> None:
