@@ -1,6 +1,8 @@
-"""Print the oldest version of every package that setup.cfg allows, as constraints for pip: python tools/oldest_pins.py
+"""Print the oldest versions that setup.cfg allows of all that sslvit needs, as constraints for pip.
 
-Packages of the extras `docs` and `test` are left out: they are tools, and nothing that users install.
+    python tools/oldest_pins.py > constraints.txt
+
+Extras are left out: they are tested as pip finds them beside these.
 """
 
 from __future__ import annotations
@@ -9,16 +11,12 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 
-TOOLS = ("docs", "test", "all", "mlflow")  # extras
-
 
 def oldest_pins(setup_cfg: Path) -> list[tuple[str, str]]:
     """Name and lower bound of each requirement that has one."""
     config = ConfigParser()
     config.read(setup_cfg)
-    groups = [config["options"]["install_requires"]]
-    groups += [text for name, text in config["options.extras_require"].items() if name not in TOOLS]
-    return re.findall(r"^([\w-]+)>=([\w.]+)", "\n".join(groups), re.MULTILINE)
+    return re.findall(r"^([\w-]+)>=([\w.]+)", config["options"]["install_requires"], re.MULTILINE)
 
 
 if __name__ == "__main__":

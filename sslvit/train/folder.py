@@ -121,8 +121,6 @@ class RunFolder(Result):
     def scores_in_words(self) -> str:
         """The scores of a fine-tuning run in words."""
         found = json.loads(self.scores.read_text())
-        if not {"top1", "top5", "images", "val"} <= found.keys():
-            return f"scores in {self.scores}"
         among = "" if found["top5"] is None else f", top-5 {found['top5']:.1f} %"
         same = " (those that it was trained on: it says nothing of others)" if found.get("is_training_data") else ""
         return (
@@ -277,7 +275,7 @@ class RunFolder(Result):
             shutil.rmtree(made, ignore_errors=True)
         for made in (self.metrics, self.ledger, self.health, self.scores):
             made.unlink(missing_ok=True)
-        if is_page(self.page, PAGE):
+        if self.page.exists() and is_page(self.page, PAGE):
             self.page.unlink()
 
     def newest_checkpoint(self) -> Path:
