@@ -138,7 +138,7 @@ def require_packages(asked: str, install: str, *packages: str) -> None:
 
 
 def _unmet_requirement(package: str) -> str | None:
-    """The requirement of sslvit's metadata that an installed package does not meet, such as timm>=1.0.26, or None."""
+    """The requirement of sslvit's metadata that an installed package does not meet, such as timm>=1.0.30, or None."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 

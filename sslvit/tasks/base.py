@@ -421,14 +421,12 @@ def is_view(value: Any) -> bool:
 
 def as_batch(batch: Any) -> Batch:
     """Make a Batch from images, a list of views, `(images, labels)`, or `(views, labels)` with a list of views."""
-    several = list(batch) if isinstance(batch, Sequence) else [batch]
-    labels = None
-    if len(several) > 1 and not is_view(several[1]):
-        images, labels = several[:2]
-        several = list(images) if isinstance(images, Sequence) else [images]
-    elif len(several) == 1 and isinstance(several[0], Sequence):
-        several = list(several[0])
-    views = several
+    images, labels = batch, None
+    if isinstance(batch, Sequence) and len(batch) > 1 and not is_view(batch[1]):
+        images, labels = batch[:2]
+    elif isinstance(batch, Sequence) and len(batch) == 1:
+        images = batch[0]
+    views = list(images) if isinstance(images, Sequence) else [images]
     if not all(map(is_view, views)):
         raise ValueError("a batch must be images 'b c h w', (images, labels), or (a list of views, labels).")
     numbers = torch.arange(len(views[0]))
