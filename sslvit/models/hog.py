@@ -7,6 +7,7 @@ instead of pixels: they describe the orientation of a patch's edges, independent
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -47,11 +48,11 @@ def hog_patches(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "
     down = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
     length = (across.square() + down.square()).sqrt()
     direction = torch.atan2(down, across).remainder(math.pi) * (BINS / math.pi)  # in bins
-    votes = []
-    for one in range(BINS):
-        distance = (direction - one).abs()
-        distance = torch.minimum(distance, BINS - distance)  # the last bin is next to the first
-        votes.append(F.avg_pool2d((1 - distance).clamp(min=0) * length, cell))
+    # ramps[k]: the mean of a cell's magnitudes, each times its direction's part between bins k and k + 1, from 0 to 1.
+    # What a bin gets is the ramp up to it minus the one that leaves it; the last bin is next to the first.
+    total = F.avg_pool2d(length, cell)
+    ramps = [F.avg_pool2d(direction.clamp(k, k + 1) * length, cell) - k * total for k in range(BINS)]
+    votes = [total - ramps[0] + ramps[-1]] + [before - after for before, after in pairwise(ramps)]
     histograms = torch.stack(votes, 2)  # b c bins rows cols
     size = (histograms.square().sum(2, keepdim=True) + FLAT**2).sqrt()
     side = patch // cell
