@@ -1,12 +1,18 @@
-"""TensorBoard, Weights & Biases and MLflow besides metrics.jsonl: numbers during the run, pictures at its end."""
+"""TensorBoard, Weights & Biases and MLflow besides metrics.jsonl: numbers during the run, pictures at its end.
+
+A tracker that cannot take a new run is an error before the first step, since a key or an address may be wrong. One that
+has taken the run ends it no more: its first error is a warning, and the run goes on without it.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +23,15 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from sslvit.data.mixture import Index
 from sslvit.data.stream import StreamIndex
 from sslvit.environment import describe_process, require_packages
-from sslvit.files import write_atomically
+from sslvit.files import printable, write_atomically
 from sslvit.settings import RunSettings, TrainSettings
 from sslvit.train.folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+NAMES = {TensorBoardLogger: "TensorBoard", WandbLogger: "Weights & Biases", MLFlowLogger: "MLflow"}
+CALLS = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize")  # by Lightning and by callbacks
+HAS_FAILED = "has_failed_in_run"  # attribute of a tracker after its first error
 
 
 def check_loggers(settings: TrainSettings) -> None:
@@ -42,37 +54,124 @@ def make_loggers(
     """The loggers of the settings and of the user, for the first rank; they record everything the run depends on.
 
     A resumed run continues its run of Weights & Biases and of MLflow, which does not accept a parameter twice.
+
+    Raises:
+        RuntimeError: Weights & Biases or MLflow does not take a new run.
     """
     train, about = settings.train, describe_run(settings, index)
-    loggers: list[Logger] = []
+    trackers: list[Logger] = []
     if train.tensorboard:
-        loggers.append(TensorBoardLogger(folder.path, name=None, version=folder.tensorboard.name))
+        trackers.append(TensorBoardLogger(folder.path, name=None, version=folder.tensorboard.name))
+    trackers += others
+    for tracker in trackers:
+        tracker.log_hyperparams(about)
     if train.wandb is not None:
-        folder.wandb.mkdir(exist_ok=True)
-        file = folder.wandb / "run-id"
-        if not file.exists():
-            write_atomically(file, uuid.uuid4().hex[:12] + "\n")
-        run_id = file.read_text().strip()
-        loggers.append(WandbLogger(folder.path.name, folder.path, id=run_id, project=train.wandb, resume="allow"))
-    loggers += others
-    for logger in loggers:
-        logger.log_hyperparams(about)
+        trackers.append(_wandb(train.wandb, folder, about))
     if train.mlflow is not None:
-        loggers.append(_mlflow(train.mlflow, folder, about))
-    return loggers
+        trackers += _mlflow(train.mlflow, folder, about)
+    for tracker in trackers:
+        setattr(tracker, HAS_FAILED, False)  # of an earlier run
+        for name in CALLS:
+            setattr(tracker, name, partial(_call, tracker, getattr(tracker, name)))
+    return trackers
 
 
-def _mlflow(experiment: str, folder: RunFolder, about: dict[str, Any]) -> MLFlowLogger:
-    """A new or continued run of MLflow, on the server that the environment names or in the run folder."""
+def _wandb(project: str, folder: RunFolder, about: dict[str, Any]) -> WandbLogger:
+    """A new or continued run of Weights & Biases; a continued one is logged offline while the server is away."""
+    # by default the end of a run waits for its server for good, and a job that was told to stop is not requeued
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT_RAISES", "true")
+    folder.wandb.mkdir(exist_ok=True)
+    file = folder.wandb / "run-id"
+    is_new = not file.exists()
+    run_id = uuid.uuid4().hex[:12] if is_new else file.read_text().strip()
+
+    def begin(**mode: Any) -> WandbLogger:
+        tracker = WandbLogger(folder.path.name, folder.path, id=run_id, project=project, resume="allow", **mode)
+        tracker.log_hyperparams(about)
+        return tracker
+
+    try:
+        tracker = begin()
+    except Exception as error:
+        if is_new:
+            raise RuntimeError(
+                f"train.wandb {project}: Weights & Biases does not take this run ({_reason(error)}). Check "
+                "WANDB_API_KEY (wandb login) and WANDB_BASE_URL, or set WANDB_MODE=offline and send the run later with "
+                "wandb sync."
+            ) from error
+        import wandb
+
+        wandb.teardown()  # its process still holds the run
+        tracker = begin(mode="offline")
+        logger.warning(f"Weights & Biases: {_reason(error)}. The run goes on offline{_sync_hint(tracker)}")
+    if is_new:
+        write_atomically(file, run_id + "\n")
+    return tracker
+
+
+def _mlflow(experiment: str, folder: RunFolder, about: dict[str, Any]) -> list[Logger]:
+    """A new or continued run of MLflow, on the server that the environment names or in the run folder.
+
+    Empty if the server of a continued run is away.
+    """
+    # of eight attempts, during which other ranks wait; the default of 120 s exceeds train.timeout_seconds
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     folder.mlflow.mkdir(exist_ok=True)
     file = folder.mlflow / "run-id"
     run_id = file.read_text().strip() if file.exists() else None
     server = os.environ.get("MLFLOW_TRACKING_URI")
-    logger = MLFlowLogger(experiment, folder.path.name, server, save_dir=str(folder.mlflow), run_id=run_id)
-    if run_id is None:
-        logger.log_hyperparams(about)
-        write_atomically(file, f"{logger.run_id}\n")
-    return logger
+    try:
+        tracker = MLFlowLogger(experiment, folder.path.name, server, save_dir=str(folder.mlflow), run_id=run_id)
+        if run_id is None:
+            tracker.log_hyperparams(about)
+            write_atomically(file, f"{tracker.run_id}\n")
+        _ = tracker.experiment  # connects to the server
+    except Exception as error:
+        if run_id is None:
+            raise RuntimeError(
+                f"train.mlflow {experiment}: MLflow does not take this run ({_reason(error)}). Check that the server "
+                "of MLFLOW_TRACKING_URI is up and takes your key, or leave train.mlflow out: metrics.jsonl gets the "
+                "same lines."
+            ) from error
+        logger.warning(f"MLflow: {_reason(error)}. The run goes on without it; metrics.jsonl gets the same lines")
+        return []
+    return [tracker]
+
+
+def _call(tracker: Logger, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call a method of a tracker that has not failed yet."""
+    if not getattr(tracker, HAS_FAILED, False):
+        with _outlived(tracker):
+            method(*args, **kwargs)
+
+
+@contextmanager
+def _outlived(tracker: Logger) -> Iterator[None]:
+    """Turn an error of a tracker into a warning, if it is its first one."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(tracker, HAS_FAILED, False):
+            return
+        setattr(tracker, HAS_FAILED, True)
+        name = NAMES.get(type(tracker), type(tracker).__name__)
+        logger.warning(
+            f"{name}: {_reason(error)}. The run goes on without it; metrics.jsonl gets the same lines"
+            f"{_sync_hint(tracker)}"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """An error on one line."""
+    return printable(" ".join(str(error).split()) or type(error).__name__, 200).rstrip(".")
+
+
+def _sync_hint(tracker: Logger) -> str:
+    """How to send later what a tracker's server has not got, if that is possible."""
+    if not isinstance(tracker, WandbLogger):
+        return ""
+    return f"; send what is missing later: wandb sync {tracker.save_dir}/wandb/*run-*-{tracker.version}"
 
 
 def describe_run(settings: RunSettings, index: Index | StreamIndex) -> dict[str, Any]:
@@ -87,25 +186,30 @@ def ended_on_failure(trainer: pl.Trainer) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.finish(exit_code=1)
+        for tracker in trainer.loggers:
+            if isinstance(tracker, WandbLogger):
+                with _outlived(tracker):
+                    tracker.experiment.finish(exit_code=1)
         raise
 
 
 def log_pictures(trainer: pl.Trainer, figures: Path, step: int) -> None:
     """Log the run's figures and close each log, on the first rank."""
-    files = sorted(figures.glob("*.png"))
-    for logger in trainer.loggers:
-        for file in files:
-            if isinstance(logger, TensorBoardLogger):
-                pixels = matplotlib.image.imread(file)[:, :, :3]
-                logger.experiment.add_image(file.stem, pixels, step, dataformats="HWC")
-            elif isinstance(logger, WandbLogger):
-                logger.log_image(file.stem, [str(file)])
-            elif isinstance(logger, MLFlowLogger):
-                logger.experiment.log_artifact(logger.run_id, str(file), "figures")
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.flush()
-        elif isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+    for tracker in trainer.loggers:
+        _call(tracker, _log_pictures, tracker, sorted(figures.glob("*.png")), step)
+        if isinstance(tracker, WandbLogger):
+            with _outlived(tracker):
+                tracker.experiment.finish()
+
+
+def _log_pictures(tracker: Logger, files: list[Path], step: int) -> None:
+    for file in files:
+        if isinstance(tracker, TensorBoardLogger):
+            pixels = matplotlib.image.imread(file)[:, :, :3]
+            tracker.experiment.add_image(file.stem, pixels, step, dataformats="HWC")
+        elif isinstance(tracker, WandbLogger):
+            tracker.log_image(file.stem, [str(file)])
+        elif isinstance(tracker, MLFlowLogger):
+            tracker.experiment.log_artifact(tracker.run_id, str(file), "figures")
+    if isinstance(tracker, TensorBoardLogger):
+        tracker.experiment.flush()

@@ -16,7 +16,9 @@ import yaml
 from pytorch_lightning.loggers import Logger, WandbLogger
 from run_fixtures import TINY, metrics, run
 
+from sslvit.settings.load import load_recipe
 from sslvit.train import loggers
+from sslvit.train.run import pretrain
 
 
 def test_tensorboard_holds_the_lines_and_the_pictures(shards: Path, tmp_path: Path) -> None:
@@ -106,11 +108,15 @@ class Recorded(Logger):
     """Stands for Lightning's MLFlowLogger."""
 
     made: ClassVar[list[Recorded]] = []
+    is_away = False  # whether its server does not answer
+    last_step = 1000  # after which its server goes away
 
     def __init__(
         self, experiment: str, run_name: str, tracking_uri: str | None, save_dir: str, run_id: str | None
     ) -> None:
         super().__init__()
+        if self.is_away:
+            raise ConnectionError("max retries exceeded\nwith url: /api")
         self.given = (experiment, run_name, tracking_uri, save_dir)
         self.run_id, self.parameters, self.numbers, self.artifacts = run_id or "abc", 0, {}, []
         self.experiment = SimpleNamespace(log_artifact=lambda *words: self.artifacts.append(words))
@@ -122,21 +128,30 @@ class Recorded(Logger):
         self.parameters += 1
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if step > self.last_step:
+            self.last_step = 0
+            raise ConnectionError("max retries exceeded\nwith url: /api")
         self.numbers.setdefault(step, {}).update(metrics)
 
 
-def test_mlflow_gets_the_lines_and_the_pictures_and_goes_on_in_one_run(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> type[Recorded]:
+    """A recording MLflow, whether it is installed or not."""
     module = ModuleType("mlflow")
     module.__spec__ = ModuleSpec("mlflow", None)
     monkeypatch.setitem(sys.modules, "mlflow", module)
     monkeypatch.setattr(loggers, "MLFlowLogger", Recorded)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     Recorded.made.clear()
+    return Recorded
+
+
+def test_mlflow_gets_the_lines_and_the_pictures_and_goes_on_in_one_run(
+    shards: Path, tmp_path: Path, mlflow: type[Recorded]
+) -> None:
     folder = run(shards, tmp_path / "run", **{"train.mlflow": "ours"})
     run(shards, tmp_path / "run", resume=True, **{"train.mlflow": "ours", "train.steps": 9})
-    first, second = Recorded.made
+    first, second = mlflow.made
     assert first.given == ("ours", "run", None, str(folder.path / "mlflow"))
     assert (first.parameters, second.parameters) == (1, 0)  # a parameter of MLflow never changes
     assert second.run_id == "abc" == (folder.path / "mlflow" / "run-id").read_text().strip()
@@ -147,3 +162,92 @@ def test_mlflow_gets_the_lines_and_the_pictures_and_goes_on_in_one_run(
         assert {"train/loss", "lr", "time/data", "health/rankme"} <= numbers[step].keys() == line.keys() - {"step"}
         assert numbers[step] == pytest.approx({name: line[name] for name in numbers[step]}, rel=1e-6)
     assert {words[1:] for words in first.artifacts} >= {(str(folder.figures / "loss.png"), "figures")}
+
+
+def test_a_tracker_whose_server_goes_away_is_reported_once_and_the_run_goes_on(
+    shards: Path, tmp_path: Path, mlflow: type[Recorded], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(mlflow, "last_step", 3)
+    other = mlflow("", "", None, "", None)
+    other.last_step = 1000
+    changes = TINY | {"data.shards": str(shards), "out": str(tmp_path / "run"), "train.mlflow": "ours"}
+    folder = pretrain(load_recipe("mae/digits", changes), loggers=[other])
+    gone = mlflow.made[-1]
+    assert list(gone.numbers) == [1, 2, 3]
+    assert gone.artifacts == []
+    assert list(other.numbers) == [line["step"] for line in folder.read_metrics()] == list(range(1, 8))
+    said = capsys.readouterr().out
+    assert (
+        "warning: Recorded: max retries exceeded with url: /api. The run goes on without it; metrics.jsonl gets the "
+        "same lines\n"
+    ) in said
+    assert said.count("max retries") == 1
+
+
+def test_a_tracker_that_does_not_take_a_run_is_an_error_but_one_that_has_taken_it_ends_no_resume(
+    shards: Path, tmp_path: Path, mlflow: type[Recorded], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(mlflow, "is_away", True)
+    with pytest.raises(
+        RuntimeError, match=r"^train\.mlflow ours: MLflow does not take this run \(max .* url: /api\)\. "
+    ):
+        run(shards, tmp_path / "run", **{"train.mlflow": "ours"})
+    monkeypatch.setattr(mlflow, "is_away", False)
+    run(shards, tmp_path / "run", **{"train.mlflow": "ours"})
+    monkeypatch.setattr(mlflow, "is_away", True)
+    folder = run(shards, tmp_path / "run", resume=True, **{"train.mlflow": "ours", "train.steps": 9})
+    assert folder.read_metrics()[-1]["step"] == 9
+    assert "warning: MLflow: max retries exceeded with url: /api. The run goes on without it" in capsys.readouterr().out
+
+
+def test_a_resumed_run_goes_on_offline_while_weights_and_biases_is_down(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    class Fake(Recorded):
+        """Stands for Lightning's WandbLogger, with a server that is away."""
+
+        def __init__(self, name: str, save_dir: Path, id: str, project: str, resume: str, mode: str = "online") -> None:
+            super().__init__(project, name, None, str(save_dir), id)
+            self.save_dir, self.version, self.mode, self.numbers = save_dir, id, mode, {}
+            self.experiment = SimpleNamespace(finish=self.finish)
+
+        save_dir = version = ""
+        is_down = True
+
+        def log_hyperparams(self, parameters: dict, *more: Any) -> None:
+            if self.mode == "online" and self.is_down:
+                raise ConnectionError("context deadline exceeded")
+
+        def log_image(self, name: str, files: list[str]) -> None:
+            pass
+
+        def finish(self) -> None:
+            if self.is_down:
+                raise TimeoutError("timed out")
+
+    wandb = pytest.importorskip("wandb", reason="no wandb")
+    ended = []
+    monkeypatch.setattr(wandb, "teardown", lambda: ended.append("its process"))
+    monkeypatch.setattr(loggers, "WandbLogger", Fake)
+    for name in ("WANDB_FINISH_TIMEOUT", "WANDB_FINISH_TIMEOUT_RAISES"):
+        monkeypatch.setenv(name, "")  # is restored after the test
+        monkeypatch.delenv(name)
+    changes = {"train.wandb": "ours"}
+    with pytest.raises(
+        RuntimeError, match=r"^train\.wandb ours: Weights & Biases does not take this run \(context dead"
+    ):
+        run(shards, tmp_path / "run", **changes)
+    Fake.is_down = False
+    run(shards, tmp_path / "run", **changes)
+    assert os.environ["WANDB_FINISH_TIMEOUT"] == "60"
+    Fake.is_down = True
+    capsys.readouterr()
+    folder = run(shards, tmp_path / "run", resume=True, **changes | {"train.steps": 9})
+    offline = Fake.made[-1]
+    assert (offline.mode, list(offline.numbers), ended) == ("offline", [8, 9], ["its process"])
+    said = capsys.readouterr().out
+    sync = f"send what is missing later: wandb sync {folder.path}/wandb/*run-*-{offline.version}\n"
+    assert f"warning: Weights & Biases: context deadline exceeded. The run goes on offline; {sync}" in said
+    assert f"warning: Fake: timed out. The run goes on without it; metrics.jsonl gets the same lines; {sync}" in said
