@@ -120,20 +120,31 @@ def wait_for_shards(manifest: dict[str, Any], path: Path, timeout_seconds: float
         time.sleep(0.01)
 
 
-def delete_orphaned_shards(folder: Path) -> None:
-    """Delete shards that no checkpoint in the folder refers to, left from deleted or incomplete checkpoints."""
+def delete_orphaned_shards(folder: Path) -> set[Path]:
+    """Delete shards that no checkpoint in the folder refers to, left from deleted or incomplete checkpoints.
+
+    A checkpoint is written after its shards, so one that cannot be read may refer to any that are not newer than it.
+
+    Returns:
+        Checkpoints that cannot be read, for whose sake some shards may have been kept.
+    """
     if not (folder / SHARDS).is_dir():
-        return
-    named = set()
+        return set()
+    named: set[Path] = set()
+    unreadable: dict[Path, float] = {}
     for path in folder.glob("*.ckpt"):
+        if path.is_dir():
+            continue  # another program's; ours are files
         try:
             manifest = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             named |= {shards_folder(manifest, path)} if SHARDS in manifest else set()
-        except Exception:  # a foreign file, or one being copied, which may refer to any of the shards
-            return
+        except Exception:  # a foreign file, or one being copied
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                unreadable[path] = path.lstat().st_ctime  # a copy may have the mtime of its original
     for shards in (folder / SHARDS).iterdir():
-        if shards not in named:
+        if shards not in named and (not unreadable or shards.stat().st_mtime > max(unreadable.values())):
             shutil.rmtree(shards, ignore_errors=True)
+    return set(unreadable)
 
 
 def shards_folder(manifest: dict[str, Any], path: Path) -> Path:

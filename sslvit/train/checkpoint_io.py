@@ -17,7 +17,7 @@ from lightning_fabric.plugins import CheckpointIO
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from sslvit.files import new_file
+from sslvit.files import new_file, printable
 from sslvit.settings import TrainSettings
 from sslvit.sharded_checkpoint import (
     SHARDS,
@@ -49,6 +49,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self.thread = ThreadPoolExecutor(1)  # starts with the first checkpoint that it writes
         self.writer: Future[None] | None = None
         self.written: set[Path] = set()
+        self.unreadable: set[Path] = set()  # files beside them that were reported
         self.aborted = threading.Event()  # the run has ended with an error: do not wait for shards
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -90,7 +91,13 @@ class AtomicCheckpointIO(CheckpointIO):
                 RunFolder(path.parents[1]).encoder, ignore_errors=True
             )  # of an earlier end of the run, and now outdated
             prune_checkpoints(path, checkpoint["global_step"], self.settings.keep_last, self.settings.keep_every)
-            delete_orphaned_shards(path.parent)
+            unreadable = delete_orphaned_shards(path.parent)
+            for file in sorted(unreadable - self.unreadable):
+                logger.warning(
+                    f"{printable(file)}: not a readable checkpoint. Shards that it may refer to are kept; delete it if "
+                    "nothing needs it"
+                )
+            self.unreadable |= unreadable
 
     def _kept(self, values: dict[str, Any]) -> dict[str, Any]:
         """The values for the writer: in the background, a copy that later steps do not change."""

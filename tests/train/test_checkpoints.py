@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import resource
@@ -301,11 +302,32 @@ def test_an_error_of_the_run_is_not_hidden_by_its_writer(tmp_path: Path, capsys:
     assert "not written, as the run ended" in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_read_keeps_all_shards(tmp_path: Path) -> None:
-    write_shards(tmp_path / "last.ckpt", 2, "00000003-a", torch.arange(4.0), 3)
-    (tmp_path / "half-copied.ckpt").write_bytes(b"PK")
-    write_shards(tmp_path / "last.ckpt", 2, "00000006-a", torch.arange(4.0), 6)
-    assert len(list((tmp_path / "shards").iterdir())) == 2
+def test_a_file_that_cannot_be_read_keeps_the_shards_that_it_may_refer_to(tmp_path: Path, caplog) -> None:
+    """Those that were there when it was written; later ones live as long as a checkpoint names them."""
+    last, io = tmp_path / "last.ckpt", AtomicCheckpointIO(TrainSettings())
+
+    def save(step: int) -> None:
+        time.sleep(0.02)  # a tick of the file system's clock
+        manifest = {"global_step": step, "state_dict": {"w": {"shard": "/w", "shape": [4]}}}
+        io.save_shard(manifest, {"/w": torch.arange(4.0)}, last, f"{step:08d}-a", 0, 1)
+        time.sleep(0.02)
+
+    logging.getLogger("sslvit").addHandler(caplog.handler)
+    try:
+        save(3)
+        (tmp_path / "half-copied.ckpt").write_bytes(b"PK")
+        os.utime(tmp_path / "half-copied.ckpt", (0, 0))  # as its original
+        (tmp_path / "another-program.ckpt").mkdir()
+        for step in (6, 9, 12):
+            save(step)
+    finally:
+        logging.getLogger("sslvit").removeHandler(caplog.handler)
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["00000003-a", "00000012-a"]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{tmp_path}/half-copied.ckpt: not a readable checkpoint. Shards that it may refer to are ")
+    (tmp_path / "half-copied.ckpt").unlink()
+    save(15)
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["00000015-a"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
