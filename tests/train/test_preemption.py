@@ -18,6 +18,7 @@ from run_fixtures import TINY, run, same
 from sslvit.cli import main
 from sslvit.stopping import Preempted, requeue, stopping_at_once
 from sslvit.tasks import task_class
+from sslvit.train import checkpoint_io
 from sslvit.train import run as run_module
 from sslvit.train.callbacks.peers import ENDING, Peers
 from sslvit.train.folder import RunFolder
@@ -59,6 +60,22 @@ def test_a_signal_ends_the_step_and_writes_it_down(
     assert torch.load(folder.checkpoint, weights_only=True)["global_step"] == 5
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
     assert same(run(shards, tmp_path / "cut", resume=True, **changes), whole)
+
+
+def test_a_signal_in_a_step_with_a_checkpoint_writes_it_once(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write = [], checkpoint_io.write_checkpoint
+    monkeypatch.setattr(
+        checkpoint_io,
+        "write_checkpoint",
+        lambda content, path: written.append(content["global_step"]) or write(content, path),
+    )
+    signaled(monkeypatch, [signal.SIGTERM], at=5)
+    with pytest.raises(Preempted, match="stopped at step 6 of 7"):
+        run(shards, tmp_path / "run", **{"train.checkpoint_every": 3, "train.checkpoint_in_background": True})
+    assert written == [3, 6]
+    assert torch.load(RunFolder(tmp_path / "run").checkpoint, weights_only=True)["global_step"] == 6
 
 
 def test_ctrl_c_ends_the_step_and_writes_it_down(shards: Path, tmp_path: Path, monkeypatch, capfd) -> None:

@@ -58,7 +58,7 @@ def make_callbacks(
         RunLog(folder, run, train.log_every, clock, mfu),  # writes the line
         Page(folder, train.log_every),  # shows the line
         *others,  # may stop the run, so before the checkpoint of its last step
-        Checkpoints(folder, train, run.total_steps),  # after everything that a checkpoint of this step stores
-        Preemption(peers, folder, run.total_steps),  # after the regular checkpoint, since it leaves the run
+        Checkpoints(folder, train, run.total_steps, peers),  # after everything that a checkpoint of this step stores
+        Preemption(peers, folder, run.total_steps),  # after the checkpoint, since it leaves the run
         WaitForData(clock),  # last, since the wait for the next batch begins here
     ]

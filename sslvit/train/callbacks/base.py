@@ -41,20 +41,23 @@ class StepCallback(pl.Callback):
         """Called on all ranks before a checkpoint is written, to exchange what it will hold."""
 
 
-def save_checkpoint(trainer: pl.Trainer, path: Path, waits: bool = False) -> None:
+def save_checkpoint(trainer: pl.Trainer, path: Path) -> None:
     """Write a checkpoint of the run; all ranks call it.
 
     Args:
         trainer: The run's Trainer.
         path: File of the checkpoint.
-        waits: Whether to return only when the file is on disk.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's property has no type
         if isinstance(callback, StepCallback):
             callback.before_checkpoint(trainer)
     trainer.save_checkpoint(path, weights_only=False)  # includes the optimizer
+
+
+def wait_for_checkpoint(trainer: pl.Trainer) -> None:
+    """Return when this rank's part of the last checkpoint is on disk."""
     io = trainer.strategy.checkpoint_io
-    if waits and isinstance(io, AtomicCheckpointIO):
+    if isinstance(io, AtomicCheckpointIO):
         io.finish()
 
 

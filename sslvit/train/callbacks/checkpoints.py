@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 
 from sslvit.settings import TrainSettings
 from sslvit.train.callbacks.base import StepCallback, save_checkpoint
+from sslvit.train.callbacks.peers import Peers
 from sslvit.train.folder import RunFolder
 
 
@@ -18,10 +19,11 @@ class Checkpoints(StepCallback):
         folder: The run's folder.
         settings: How often checkpoints are written, and which are kept.
         total_steps: Number of optimizer steps in the run.
+        peers: Knows whether the run is about to stop, which makes this step its last one.
     """
 
-    def __init__(self, folder: RunFolder, settings: TrainSettings, total_steps: int) -> None:
-        self.folder, self.settings, self.total_steps = folder, settings, total_steps
+    def __init__(self, folder: RunFolder, settings: TrainSettings, total_steps: int, peers: Peers) -> None:
+        self.folder, self.settings, self.total_steps, self.peers = folder, settings, total_steps, peers
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Copy the optimizer state that still lies in the memory-mapped checkpoint.
@@ -35,7 +37,8 @@ class Checkpoints(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write a checkpoint when one is due."""
-        is_last = self.step == self.total_steps or trainer.should_stop  # a user's callback may stop the run
+        # a user's callback or a signal may stop the run
+        is_last = self.step == self.total_steps or trainer.should_stop or self.peers.is_stopping
         if self.step % self.settings.checkpoint_every and not is_last:
             return
         save_checkpoint(trainer, self.folder.checkpoint)

@@ -26,7 +26,7 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.stream import StreamIndex
 from sslvit.files import new_file, to_json, write_atomically
 from sslvit.tasks.base import Task
-from sslvit.train.callbacks.base import StepCallback, save_checkpoint
+from sslvit.train.callbacks.base import StepCallback, save_checkpoint, wait_for_checkpoint
 from sslvit.train.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,8 @@ class Incidents(StepCallback):
                 with new_file(self.folder.incident / name) as temporary:
                     save_file(as_tensors(batch), temporary, {"first_row": str(batch.first_row)})
                 names.append([self.index.key(sample) for sample in batch.samples.tolist()])
-        save_checkpoint(trainer, self.folder.incident / "state.ckpt", waits=True)
+        save_checkpoint(trainer, self.folder.incident / "state.ckpt")
+        wait_for_checkpoint(trainer)
         if trainer.is_global_zero:
             about = {
                 "step": self.step, "seed": module.run.seed, "rank": trainer.global_rank, "ranks": trainer.world_size,

@@ -2,7 +2,7 @@
 
 From the first step on, SIGTERM and SIGUSR1 only set a flag, so a second one changes nothing. A first Ctrl-C does the
 same; a second one ends the process at once. After each step the ranks agree on whether to stop (peers.py), since only
-one of them may have received the signal; then the first one writes the checkpoint, and all leave together.
+one of them may have received the signal; then the checkpoint is written (checkpoints.py), and all leave together.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytorch_lightning as pl
 
 from sslvit.stopping import Interrupted, Preempted
-from sslvit.train.callbacks.base import StepCallback, save_checkpoint
+from sslvit.train.callbacks.base import StepCallback, wait_for_checkpoint
 from sslvit.train.callbacks.peers import Peers
 from sslvit.train.folder import RunFolder
 
@@ -28,10 +28,10 @@ class Preemption(StepCallback):
         self.peers, self.folder, self.total_steps = peers, folder, total_steps
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Write a checkpoint and leave, once any rank has received a signal."""
+        """Leave when the step's checkpoint is on disk, once any rank has received a signal."""
         if not self.peers.is_stopping or self.step == self.total_steps:
             return
-        save_checkpoint(trainer, self.folder.checkpoint, waits=True)
+        wait_for_checkpoint(trainer)
         trainer.strategy.barrier()  # no rank leaves before the checkpoint is complete
         where = f"at step {self.step} of {self.total_steps}"
         resume_hint = f"the checkpoint is whole: {self.folder.resume_command}"
