@@ -134,8 +134,7 @@ class TrainSettings:
     """Number of optimizer steps in the run; overrides epochs, and the schedules shrink with it."""
     budget: str | None = None
     """Time from the first step to the last on this machine, such as 60min, 8h or 1h30min, instead of epochs and steps:
-    some steps are timed before the run to choose a number of steps that fits. Evaluations of online.train take
-    additional time.
+    some steps are timed before the run, and one score if it computes any, to choose a number of steps that fits.
     """
     micro_batch_size: int | Literal["auto"] | None = "auto"
     """Number of images per forward pass on one rank; null for all of the rank's images; auto for as many as fit the

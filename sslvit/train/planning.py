@@ -22,7 +22,7 @@ from sslvit.train.fitting import MicroBatch, choose_micro_batch, cpu_seconds, du
 from sslvit.train.forecast import PEAKS, Forecast, forecast, peak_of_gpu, plan_step
 from sslvit.train.hardware import cpu_memory, gpu_memory, resolve_processes, trains_on_gpu
 from sslvit.train.prepare import check_machine, read_settings, size_notice
-from sslvit.train.timed_steps import TimedSteps, fit_budget, time_run
+from sslvit.train.timed_steps import TimedSteps, fit_budget, time_run, without_scores
 
 LONG_SECONDS = 24 * 3600.0  # a run on a CPU that takes longer is also planned for GPUs
 # images that one core decodes and crops per second, if there are none to measure: photographs of 500 x 375 pixels, for
@@ -237,7 +237,8 @@ def plan(
     if measured:
         rate = measured.images_per_second * found.run.ranks
         where = f"{found.run.ranks} x this machine's {'GPU' if on_gpu else 'CPU'}"
-        paces.append(Pace(where, "at the measured rate", total_images / rate, rate))
+        apart = ", without scores" if measured.seconds_per_score else ""
+        paces.append(Pace(where, f"at the measured rate{apart}", total_images / rate, rate))
     elif not on_gpu and tflops is None:
         seconds = cpu_seconds(step)
         basis = f"{cpu_cores()} cores, by its rate of matrix products; --measure times real steps"
@@ -301,4 +302,4 @@ def _measure(settings: RunSettings, run: RunPlan, cpu_seconds_per_image: float |
     batch, steps = run.images_per_pass, STEPS_ON_GPU
     if cpu_seconds_per_image is not None:
         batch, steps = min(batch, max(1, round(SECONDS_ON_CPU / cpu_seconds_per_image))), STEPS_ON_CPU
-    return time_run(settings, RunPlan(1, 1, batch, seed=settings.seed), steps)
+    return time_run(without_scores(settings), RunPlan(1, 1, batch, seed=settings.seed), steps)

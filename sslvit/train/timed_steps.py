@@ -20,11 +20,12 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
 from sslvit.progress import track_counter
 from sslvit.run_plan import RunPlan
-from sslvit.settings import RunSettings
+from sslvit.settings import RunSettings, SupervisedSettings
 from sslvit.settings.run import TrainSettings, read_duration
 from sslvit.stopping import Preempted
 from sslvit.tasks import make_task
 from sslvit.train.callbacks.base import StepCallback
+from sslvit.train.callbacks.scoring import score_interval
 from sslvit.train.compilation import compile_task
 from sslvit.train.fitting import fit_micro_batch
 from sslvit.train.folder import RunFolder
@@ -50,6 +51,7 @@ class TimedSteps:
         waiting: Fraction of the time in which training waited for images; None if no line of metrics tells.
         memory: Peak bytes: of tensors on a GPU, of the whole process on a CPU.
         device: Type of the device.
+        seconds_per_score: Time of the scores of one step (`online`, validation); 0 if the run has none.
     """
 
     steps: int
@@ -58,6 +60,7 @@ class TimedSteps:
     waiting: float | None
     memory: int
     device: str
+    seconds_per_score: float = 0.0
 
     @property
     def images_per_second(self) -> float:
@@ -69,8 +72,24 @@ class TimedSteps:
         return asdict(self) | {"images_per_second": self.images_per_second}
 
     def pace_text(self) -> str:
-        """How long a step takes, in words."""
-        return f"{self.seconds_per_step:.3g} s per step, the mean of {self.steps}"
+        """How long a step and a score take, in words."""
+        score = f"; {self.seconds_per_score:.3g} s per score" if self.seconds_per_score else ""
+        return f"{self.seconds_per_step:.3g} s per step, the mean of {self.steps}{score}"
+
+    def steps_within(self, seconds: float, score_every: int | None) -> int:
+        """Number of steps that end in a given time, at least one.
+
+        Args:
+            seconds: The time.
+            score_every: Steps between two scores; None if only the last step has one, as it always does.
+        """
+        intervals = 0
+        if score_every is not None:
+            interval_seconds = score_every * self.seconds_per_step + self.seconds_per_score
+            intervals = int(seconds / interval_seconds)
+            seconds -= intervals * interval_seconds
+        rest = max(0, round((seconds - self.seconds_per_score) / self.seconds_per_step))
+        return max(1, intervals * (score_every or 0) + rest)
 
     def text(self) -> str:
         """One line for a reader."""
@@ -100,7 +119,7 @@ def fit_budget(
 ) -> tuple[TrainSettings, TimedSteps]:
     """The settings with the number of steps that `train.budget` allows on this machine, and the timings behind it.
 
-    Steps of this run are timed for about a fiftieth of the budget, in a separate task and Trainer.
+    Steps of this run are timed for about a fiftieth of the budget, in a separate task and Trainer, and then one score.
 
     Args:
         settings: Settings of the run, without a number of steps.
@@ -122,15 +141,23 @@ def fit_budget(
         )
     seconds = read_duration(train.budget)
     run = fit_micro_batch(run, settings, images, classes)[0]
-    short = time_run(settings, run, 2).seconds_per_step
+    short = time_run(without_scores(settings), run, 2).seconds_per_step
     timed = time_run(settings, run, min(max(round(SHARE * seconds / short), FEWEST), MOST), train.log_every)
-    return replace(train, steps=max(1, round(seconds / timed.seconds_per_step))), timed
+    return replace(train, steps=timed.steps_within(seconds, score_interval(settings))), timed
+
+
+def without_scores(settings: RunSettings) -> RunSettings:
+    """The settings of a run that computes no scores while it trains."""
+    task = settings.task
+    if isinstance(task, SupervisedSettings):
+        task = replace(task, val=None)
+    return replace(settings, online=replace(settings.online, train=None, val=None), task=task)
 
 
 def time_run(settings: RunSettings, run: RunPlan, steps: int, log_every: int = 1) -> TimedSteps:
     """Time the average step of a run; if its resolution changes, some steps of each resolution are timed.
 
-    Arguments are as for `time_steps`; each resolution gets its share of the steps.
+    Arguments are as for `time_steps`; each resolution gets its share of the steps, and the largest one the score.
     """
     data = settings.data
     if data.resolution_fractions is None:
@@ -138,7 +165,8 @@ def time_run(settings: RunSettings, run: RunPlan, steps: int, log_every: int = 1
     timed: list[tuple[float, TimedSteps]] = []
     for side, share in data.fractions_of_sides.items():
         assert side is not None
-        alone = replace(settings, data=replace(data, resolutions=[side], resolution_fractions=None))
+        alone = settings if side == data.largest_side else without_scores(settings)
+        alone = replace(alone, data=replace(data, resolutions=[side], resolution_fractions=None))
         timed.append((share, time_steps(alone, run, max(round(share * steps), 2), log_every)))
     waiting = [(share, steps_of_side.waiting) for share, steps_of_side in timed if steps_of_side.waiting is not None]
     return TimedSteps(
@@ -146,6 +174,7 @@ def time_run(settings: RunSettings, run: RunPlan, steps: int, log_every: int = 1
         sum(share * steps_of_side.seconds_per_step for share, steps_of_side in timed),
         sum(share * steps_of_side for share, steps_of_side in waiting) if len(waiting) == len(timed) else None,
         max(steps_of_side.memory for _, steps_of_side in timed), timed[0][1].device,
+        max(steps_of_side.seconds_per_score for _, steps_of_side in timed),
     )  # fmt: skip
 
 
@@ -156,7 +185,8 @@ def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int =
         settings: Settings of the run; a folder of images is packed into the cache as for a run.
         run: Sizes of a step and of its micro-batches.
         steps: Number of timed steps. Two more before them are not timed, since memory is allocated and kernels are
-            chosen there, nor is one after them, which writes a checkpoint.
+            chosen there, nor is one after them, which writes a checkpoint. That one computes the run's scores, if it
+            has any, whose time is given apart.
         log_every: Steps between two lines of metrics.
     """
     batch, total = run.global_batch_size, LEFT_OUT + steps + 1
@@ -165,8 +195,11 @@ def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int =
             settings.train, devices=1, nodes=1, strategy="ddp", steps=total, budget=None,
             log_every=log_every, keep_every=None, skip_limit=total, tensorboard=False, wandb=None, mlflow=None,
         )  # fmt: skip
+        task_settings = settings.task
+        if isinstance(task_settings, SupervisedSettings):
+            task_settings = replace(task_settings, validate_every=None)
         trial = replace(
-            settings, train=train, out=folder, online=replace(settings.online, train=None, val=None),
+            settings, train=train, out=folder, online=replace(settings.online, every=total), task=task_settings,
             data=replace(settings.data, global_batch_size=batch, fit_batch=False, ledger=False),
         )  # fmt: skip
         index, order = open_data(trial.data, trial.seed)
@@ -195,10 +228,12 @@ def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int =
                 raise kind(again) from error
         waited = [line["time/data"] for line in run_folder.read_metrics()][LEFT_OUT:-1]
     seconds = (ends.timestamps[-2] - ends.timestamps[LEFT_OUT - 1]) / steps
+    has_scores = without_scores(settings) != settings
+    score = max(0.0, ends.timestamps[-1] - ends.timestamps[-2] - seconds) if has_scores else 0.0
     waiting = min(median(waited) / seconds, 1.0) if waited else None
     on_gpu = trains_on_gpu(train)
     memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return TimedSteps(steps, batch, seconds, waiting, memory, task.device.type)
+    return TimedSteps(steps, batch, seconds, waiting, memory, task.device.type, score)
 
 
 @contextmanager

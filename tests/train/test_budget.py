@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from run_fixtures import TINY, run
 
 import sslvit
 from sslvit import progress
+from sslvit.data.array_images import array_samples
+from sslvit.data.pack import pack
 from sslvit.settings.load import load_recipe
 from sslvit.settings.run import TrainSettings, read_duration
 from sslvit.stopping import Preempted
 from sslvit.train import timed_steps
+from sslvit.train.callbacks.scoring import OnlineProbe, Validation
 from sslvit.train.timed_steps import TimedSteps
 
 SHORT = {key: value for key, value in TINY.items() if key != "train.steps"}
@@ -68,6 +74,49 @@ def test_the_budget_over_the_time_of_a_step_is_the_number_of_steps(
     assert (config["train"]["steps"], config["train"]["budget"]) == (8, "4s")
     again = run(shards, tmp_path / "again", **SHORT | {"train.steps": 8, "train.log_every": 3})
     assert again.read_metrics()[-1]["train/loss"] == folder.read_metrics()[-1]["train/loss"]  # timing leaves no trace
+
+
+@pytest.mark.parametrize(
+    ("every", "seconds", "steps"), [(None, 10, 18), (4, 10, 12), (4, 11, 14), (40, 10, 18), (4, 0.1, 1)]
+)
+def test_a_budget_includes_the_scores(every: int | None, seconds: float, steps: int) -> None:
+    """A step takes half a second, a score one; the last step has one, too."""
+    assert TimedSteps(8, 8, 0.5, None, 0, "cpu", 1.0).steps_within(seconds, every) == steps
+    if steps > 1:
+        assert seconds - 1.5 < steps * 0.5 + math.ceil(steps / (every or steps)) * 1.0 <= seconds
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "changes", "every"),
+    [
+        ("mae/digits", OnlineProbe, {"online.train": "train", "online.val": "val", "online.every": 4}, 6),
+        ("finetune/small_images", Validation, {"task.val": "val"}, None),
+        ("finetune/small_images", Validation, {"task.val": "val", "task.validate_every": 1}, 3),
+    ],
+)
+def test_one_score_is_computed_for_a_budget_and_not_counted_as_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, kind: type, changes: dict, every: int | None
+) -> None:
+    for seed, name in enumerate(("train", "val")):
+        images = np.random.default_rng(seed).integers(0, 255, (40, 8, 8), np.uint8)
+        pack(array_samples(images, np.arange(40) % 2), tmp_path / name, ["dark", "light"])
+    scored, scores = [], kind.scores
+
+    def slow(self, trainer, module):
+        scored.append(self.step)
+        time.sleep(1.0)
+        return scores(self, trainer, module)
+
+    monkeypatch.setattr(kind, "scores", slow)
+    changes = {key: str(tmp_path / value) if isinstance(value, str) else value for key, value in changes.items()}
+    short = {key: value for key, value in SHORT.items() if recipe.startswith("mae/") or not key.startswith("task.")}
+    changes = short | changes | {"data.shards": str(tmp_path / "train"), "out": str(tmp_path / "run")}
+    settings = load_recipe(recipe, changes | {"train.budget": "4s", "train.log_every": 3, "encoder.channels": 1})
+    train, timed = timed_steps.fit_budget(settings, 40, 2, 5, 8)
+    assert scored == [timed_steps.LEFT_OUT + timed_steps.FEWEST + 1]
+    assert timed.seconds_per_step < 1.0 < timed.seconds_per_score
+    assert train.steps == timed.steps_within(4.0, every)
+    assert timed.pace_text().endswith(f"; {timed.seconds_per_score:.3g} s per score")
 
 
 def test_a_resume_keeps_the_length_and_takes_no_other_budget(

@@ -52,6 +52,20 @@ def scored_copy(module: Task) -> Iterator[Task]:
         yield module.gather_full_copy()
 
 
+def score_interval(settings: RunSettings) -> int | None:
+    """Steps between two scores of a run; None if at most its last step has one."""
+    online, task = settings.online, settings.task
+    every = [online.every] if online.train is not None else []
+    if isinstance(task, SupervisedSettings) and task.val is not None and task.validate_every:
+        every.append(task.validate_every)
+    return min((rounded_up(steps, settings.train.log_every) for steps in every), default=None)
+
+
+def rounded_up(every: int, log_every: int) -> int:
+    """Steps between two scores, which come with a line of metrics.jsonl."""
+    return math.ceil(every / log_every) * log_every
+
+
 class ScoringCallback(StepCallback):
     """Computes scores at some of the steps with a line of metrics.jsonl, and after the last step.
 
@@ -62,7 +76,7 @@ class ScoringCallback(StepCallback):
     """
 
     def __init__(self, every: int | None, log_every: int, total_steps: int) -> None:
-        self.every = math.ceil(every / log_every) * log_every if every else total_steps
+        self.every = rounded_up(every, log_every) if every else total_steps
         self.total_steps = total_steps
 
     def on_step(self, trainer: pl.Trainer, module: Task) -> None:
