@@ -30,7 +30,7 @@ from sslvit.files import expand_path, new_file, printable, remove_stale_temporar
 from sslvit.layouts import Converted, backbones, hub, timm_models, to_sslvit, transformers_folder
 from sslvit.layouts.unwrap import unwrap
 from sslvit.messages import for_python
-from sslvit.models import Backbone, Encoder, ViTEncoder
+from sslvit.models import Backbone, Encoder, ViTEncoder, device_and_dtype
 from sslvit.models.networks import BackboneLike, given_backbone, make_network
 from sslvit.results import html_table
 from sslvit.settings import EncoderSettings
@@ -68,7 +68,7 @@ class Preprocesses:
             features = encoder.features(encoder.preprocess("dog.jpg"))
         """
         assert isinstance(self, nn.Module)
-        return preprocess(images, self.settings).to(next(self.parameters()))
+        return preprocess(images, self.settings).to(*device_and_dtype(self))
 
     def to_dict(self) -> dict[str, Any]:
         """The encoder's settings as plain values, as in encoder.json."""

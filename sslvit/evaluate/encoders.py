@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from sslvit.checkpoint import load_encoder
 from sslvit.files import expand_path
-from sslvit.models import Backbone, Encoder, ViTEncoder
+from sslvit.models import Backbone, Encoder, ViTEncoder, device_and_dtype
 from sslvit.ranks import is_first_rank
 from sslvit.settings.probe import read_size
 
@@ -35,8 +34,7 @@ def keeps_devices(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         modules = [value for value in tree_leaves((args, kwargs)) if isinstance(value, nn.Module)]
-        homes = [next(itertools.chain(module.parameters(), module.buffers()), None) for module in modules]
-        devices = [None if tensor is None else tensor.device for tensor in homes]
+        devices = [device_and_dtype(module)[0] for module in modules]
         try:
             return function(*args, **kwargs)
         finally:

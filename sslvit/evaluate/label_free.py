@@ -10,7 +10,7 @@ from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.health import alignment, label_free
 from sslvit.evaluate.probe import check_channels, untrained, untrained_row
 from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
-from sslvit.models import Encoder
+from sslvit.models import Encoder, device_and_dtype
 from sslvit.settings import ProbeSettings
 from sslvit.settings.views import CropSettings
 
@@ -30,7 +30,7 @@ def measure_health(
     check_present(data.index, 0.0)
     check_channels(encoders)
     first = next(iter(encoders.values()))
-    sources: dict[str, Source] = {"raw pixels": RawPixels(first.settings, next(first.parameters()).device)}
+    sources: dict[str, Source] = {"raw pixels": RawPixels(first.settings, device_and_dtype(first)[0])}
     for name, encoder in encoders.items():
         if row := untrained_row(name, encoders):
             sources[row] = frozen(untrained(encoder, settings.seed), settings.precision)

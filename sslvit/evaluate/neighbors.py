@@ -16,7 +16,7 @@ from sslvit.data.reader import ShardReader
 from sslvit.evaluate.knn import nearest
 from sslvit.evaluate.sources import full_float32
 from sslvit.figures import plot_images
-from sslvit.models import Encoder
+from sslvit.models import Encoder, device_and_dtype
 from sslvit.progress import track
 
 IMAGES_AT_ONCE = 16
@@ -75,7 +75,7 @@ def find_neighbors(
 @torch.no_grad()
 def features_of(encoder: Encoder, reader: ShardReader, samples: np.ndarray) -> tuple[np.ndarray, Tensor]:
     """The samples that can be read, and their features 'n d' on the CPU."""
-    device, dtype = next(encoder.parameters()).device, next(encoder.parameters()).dtype
+    device, dtype = device_and_dtype(encoder)
     views, kept, rows = encoder_views(encoder.settings), [], []
     pieces = np.split(samples, range(IMAGES_AT_ONCE, len(samples), IMAGES_AT_ONCE))
     for piece in track(pieces, "features", len(samples), each=IMAGES_AT_ONCE):

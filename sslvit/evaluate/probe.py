@@ -20,7 +20,7 @@ from sslvit.evaluate.linear import fit_probe, percent, sample_labels
 from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, describe_readouts, linear_probe
 from sslvit.evaluate.scores import Scores, format_table, independent, intervals, means, sampling_interval, score_cells
 from sslvit.evaluate.sources import Features, FrozenBackbone, LabeledSet, RawPixels, Source, frozen
-from sslvit.models import Backbone, Encoder, make_encoder
+from sslvit.models import Backbone, Encoder, device_and_dtype, make_encoder
 from sslvit.ranks import is_first_rank
 from sslvit.results import Result
 from sslvit.settings import ProbeSettings
@@ -189,8 +189,8 @@ def untrained_row(name: str, encoders: Mapping[str, Encoder]) -> str | None:
     alike = [other for other in encoders if encoders[other].settings == encoder.settings]
     if encoder.settings.backbone == OWN:
         alike = [name]  # equal settings do not mean equal modules
-    if isinstance(encoder, Backbone) and not encoder.has_twin:
-        logger.info(f"{name}: no untrained row, since some of its modules have no reset_parameters()")
+    if isinstance(encoder, Backbone) and (reason := encoder.why_no_twin):
+        logger.info(f"{name}: no untrained row, since {reason}")
         return None
     if alike[0] != name:
         return None
@@ -225,7 +225,7 @@ def untrained(encoder: AnyEncoder, seed: int) -> AnyEncoder:
     """The same encoder with freshly initialized weights."""
     torch.manual_seed(seed)
     made = encoder.untrained() if isinstance(encoder, Backbone) else make_encoder(encoder.settings)
-    return cast(AnyEncoder, made.to(next(encoder.parameters()).device).eval())
+    return cast(AnyEncoder, made.to(device_and_dtype(encoder)[0]).eval())
 
 
 def score(

@@ -19,7 +19,7 @@ from sslvit.checkpoint import fingerprint
 from sslvit.data.index import ShardIndex
 from sslvit.data.reader import ShardReader
 from sslvit.files import printable
-from sslvit.models import Backbone, Encoder, ViTEncoder
+from sslvit.models import Backbone, Encoder, ViTEncoder, device_and_dtype
 from sslvit.ranks import all_gather_objects, is_first_rank
 from sslvit.settings import EncoderSettings
 from sslvit.settings.probe import Precision
@@ -138,7 +138,7 @@ class FrozenEncoder(Source):
     """An encoder, put into evaluation mode, as a source of features."""
 
     def __init__(self, encoder: ViTEncoder, precision: Precision = "float32") -> None:
-        super().__init__(encoder.settings, next(encoder.parameters()).device)
+        super().__init__(encoder.settings, device_and_dtype(encoder)[0])
         self.encoder, self.precision = encoder.eval(), precision
 
     def readouts(self, layer: int | None, blocks: int, pooling: str | None) -> list[Readout]:
@@ -164,7 +164,7 @@ class FrozenEncoder(Source):
 
     def features_at(self, images: Tensor, readouts: Sequence[Readout]) -> list[Tensor]:
         """See `Source.features_at`."""
-        dtype = next(self.encoder.parameters()).dtype  # float64 if the run trains in it
+        _, dtype = device_and_dtype(self.encoder)  # float64 if the run trains in it
         found: dict[Readout, Tensor] = {}
         numbers = {number for number, _ in readouts}
         with forward_precision(self.precision, self.device):
@@ -183,7 +183,7 @@ class FrozenBackbone(Source):
     """Another network, such as a CNN: its output vector, or the mean over the feature map of one of its stages."""
 
     def __init__(self, backbone: Backbone, precision: Precision = "float32") -> None:
-        super().__init__(backbone.settings, next(backbone.parameters()).device)
+        super().__init__(backbone.settings, device_and_dtype(backbone)[0])
         self.backbone, self.precision = backbone.eval(), precision
 
     @property
@@ -207,7 +207,7 @@ class FrozenBackbone(Source):
 
     def features_at(self, images: Tensor, readouts: Sequence[Readout]) -> list[Tensor]:
         """See `Source.features_at`."""
-        dtype = next(self.backbone.parameters()).dtype
+        _, dtype = device_and_dtype(self.backbone)
         numbers = [number for number, pooling in readouts if pooling != OUTPUT]
         with forward_precision(self.precision, self.device):
             vectors, maps = self.backbone.maps(images.to(dtype), numbers)

@@ -103,10 +103,11 @@ class Backbone(nn.Module):
             ValueError: It fails on such images, or does not return one vector per image.
         """
         height, width = size or self.settings.size
-        like = next(self.parameters(), torch.zeros(()))
+        device, dtype = device_and_dtype(self)
+        image = torch.zeros(1, self.settings.channels, height, width, device=device, dtype=dtype)
         try:
             with evaluating(self):
-                found = self.net(like.new_zeros(1, self.settings.channels, height, width))
+                found = self.net(image)
         except Exception as error:  # a third-party network may raise anything
             reason = printable(str(error).splitlines()[0], 120) if str(error) else type(error).__name__
             raise ValueError(
@@ -121,8 +122,8 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def answer(self) -> Float[Tensor, "1 d"]:
         """The output in evaluation mode for one fixed image; saved with the weights as a fingerprint."""
-        like, shape = next(self.parameters(), torch.zeros(())), (1, self.settings.channels, *self.settings.size)
-        image = torch.linspace(-2, 2, math.prod(shape)).view(shape).to(like)
+        shape = 1, self.settings.channels, *self.settings.size
+        image = torch.linspace(-2, 2, math.prod(shape)).view(shape).to(*device_and_dtype(self))
         with evaluating(self):
             return self(image).float()
 
@@ -133,13 +134,16 @@ class Backbone(nn.Module):
         return f"{type(self.net).__name__} from Python" if is_from_python else str(self.settings.backbone)
 
     @property
-    def has_twin(self) -> bool:
-        """Whether this architecture can be rebuilt with random weights."""
-        return self.settings.backbone != OWN or all(
-            hasattr(module, "reset_parameters")
-            for module in self.modules()
-            if any(module.named_parameters(recurse=False))
-        )
+    def why_no_twin(self) -> str | None:
+        """Why this architecture cannot be rebuilt with random weights; None if it can."""
+        if self.settings.backbone != OWN:
+            return None
+        fixed = [module for module in self.modules() if not hasattr(module, "reset_parameters")]
+        if len(fixed) == len(list(self.modules())):
+            return "none of its modules has reset_parameters()"
+        if any(any(module.named_parameters(recurse=False)) for module in fixed):
+            return "some of its modules have no reset_parameters()"
+        return None
 
     def untrained(self) -> Backbone:
         """The same architecture with random weights; modules from Python are reset by their `reset_parameters`."""
@@ -151,6 +155,13 @@ class Backbone(nn.Module):
             if reset is not None:
                 reset()
         return twin
+
+
+def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and floating-point type of the parameters, else of the buffers; the CPU and float32 if there are none."""
+    tensors = [*module.parameters(), *module.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return device, next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
 
 @contextmanager

@@ -147,6 +147,39 @@ def test_a_module_that_cannot_be_reset_has_no_untrained_row(shards, caplog) -> N
     assert list(table.rows) == ["raw pixels", "encoder"]
 
 
+class Projection(nn.Module):
+    """A fixed feature extractor: random projections of the pixels, kept in a buffer."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # integers tell no precision
+        self.register_buffer("directions", torch.randn(192, 8, dtype=dtype))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1) @ self.directions
+
+
+@pytest.mark.parametrize(
+    "net", [nn.Flatten(), Projection(), Projection(torch.float64)], ids=["nothing", "buffers", "float64"]
+)
+def test_a_module_without_parameters_is_scored_and_has_no_untrained_row(tmp_path, shards, net, caplog) -> None:
+    encoder, data = own(net), (shards / "train", shards / "val")
+    found = sslvit.embed(encoder, data[1], device="cpu", workers=0)
+    images = images_of(data[1], encoder.settings)
+    expected = images.flatten(1) if isinstance(net, nn.Flatten) else net(images.to(net.directions.dtype))
+    np.testing.assert_allclose(found.features, expected.numpy(), rtol=1e-5, atol=1e-5)
+    linear = sslvit.probe(encoder, *data, neighbors=[1], device="cpu", cache=None).rows
+    assert list(linear) == ["raw pixels", "encoder"]  # an untrained copy would be the same network again
+    if isinstance(net, nn.Flatten):
+        assert linear["encoder"] == linear["raw pixels"]
+    assert "none of its modules has reset_parameters()" in caplog.text
+    assert list(sslvit.knn(encoder, *data, neighbors=[1], device="cpu", cache=None).rows) == list(linear)
+    assert list(sslvit.compare({"fixed": encoder}, *data, neighbors=[1], device="cpu", cache=None).rows)[-1] == "fixed"
+    assert list(sslvit.health(encoder, data[1], device="cpu").rows) == list(linear)
+    picture = sslvit.show("neighbors", encoder, data[1], tmp_path / "neighbors.png", images=2)
+    assert picture.path.exists()
+
+
 def test_a_module_from_python_is_probed_as_it_is(shards) -> None:
     net = Tiny().eval()
     table = sslvit.compare({"tiny": own(net), "other": own(Tiny(3.0))}, shards / "train", shards / "val",
