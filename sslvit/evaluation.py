@@ -17,7 +17,7 @@ from sslvit.evaluate.label_free import measure_health
 from sslvit.evaluate.layers import layer_numbers, plot_layers, probe_layers
 from sslvit.evaluate.probe import ProbeTable
 from sslvit.evaluate.scores import MeasureTable
-from sslvit.evaluate.sources import LabeledSet, frozen, view_in_words
+from sslvit.evaluate.sources import LabeledSet, describe_views, frozen, heading_of_views
 from sslvit.files import check_new_arrays, check_new_picture, expand_path
 from sslvit.messages import for_python
 from sslvit.models import Encoder
@@ -230,13 +230,14 @@ def _measured(encoders: dict[str, Encoder], data: str, images: int, settings: Pr
     subset = evenly_spaced(len(index), images)
     seen = LabeledSet(index, first.channels, subset, settings.max_unreadable_fraction)
     rows = measure_health(encoders, seen, settings)
-    heading = f"without labels, on {seen.count_text} of {index.location}\neach image: "
+    views = describe_views({"raw pixels": first} | {name: encoder.settings for name, encoder in encoders.items()})
+    lines = heading_of_views("each image", views["views"], settings.precision)
+    heading = "\n".join([f"without labels, on {seen.count_text} of {index.location}", *lines])
     about = {
         "data": index.location, "fingerprint": index.fingerprint(), "images": seen.images,
-        "unreadable": seen.unreadable, "view": first.crop_in_words, "image_size": first.image_size,
-        "precision": settings.precision,
+        "unreadable": seen.unreadable, **views, "precision": settings.precision,
     }  # fmt: skip
-    return MeasureTable(rows, heading + view_in_words(first, settings.precision), 3, about)
+    return MeasureTable(rows, heading, 3, about)
 
 
 @for_python

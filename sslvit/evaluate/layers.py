@@ -114,7 +114,7 @@ def probe_layers(encoder: Encoder, settings: ProbeSettings, numbers: list[int]) 
     if not is_first_rank():
         return LayerTable(table, {}, numbers[0], numbers[-1])
     best = max(numbers, key=lambda number: table[f"layer {number}"][HELD_OUT][0])
-    about = describe(context, settings, {}) | {
+    about = describe(context, settings, {}, {"encoder": encoder.settings}) | {
         "pooling": settings.pooling or encoder.settings.pooling, "norm": encoder.settings.feature_norm
     }  # fmt: skip
     return LayerTable(table, about, best, numbers[-1])

@@ -19,11 +19,21 @@ from sslvit.evaluate.labeled import open_labeled
 from sslvit.evaluate.linear import fit_probe, percent, sample_labels
 from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, describe_readouts, linear_probe
 from sslvit.evaluate.scores import Scores, format_table, independent, intervals, means, sampling_interval, score_cells
-from sslvit.evaluate.sources import Features, FrozenBackbone, LabeledSet, RawPixels, Source, frozen
+from sslvit.evaluate.sources import (
+    Features,
+    FrozenBackbone,
+    LabeledSet,
+    RawPixels,
+    Source,
+    describe_views,
+    frozen,
+    heading_of_views,
+    rows_by_value,
+)
 from sslvit.models import Backbone, Encoder, device_and_dtype, make_encoder
 from sslvit.ranks import is_first_rank
 from sslvit.results import Result
-from sslvit.settings import ProbeSettings
+from sslvit.settings import EncoderSettings, ProbeSettings
 from sslvit.settings.encoder import OWN
 
 logger = logging.getLogger(__name__)
@@ -65,17 +75,20 @@ class ProbeTable(Result):
         lines = [
             f"Top-1 accuracy (%) on {about['val_images']:,} images{skipped['val']} of {about['val']}",
             f"(heads fitted on {about['train_images']:,}{skipped['train']} of {about['train']})",
-            f"each image{', of few labels and kNN' if has_protocol_views else ''}: {about['view']}"
-            + ("" if about["precision"] == "float32" else f"; features computed in {about['precision']}"),
+            *heading_of_views(
+                f"each image{', of few labels and kNN' if has_protocol_views else ''}",
+                about["views"],
+                about["precision"],
+            ),
         ]
         networks = {row: of["network"] for row, of in about["probed"].items() if "network" in of}
         lines += [f"{row}: {network}" for row, network in networks.items() if not row.startswith(network)]
         if about["protocol"]:
             lines.append(f"linear probe: {about['protocol']} ({about['source']})")
             lines.append("  " + "; ".join(in_words(key, value) for key, value in linear.items()))
-        lines.append(
-            f"few labels and kNN: {last['features']}; temperature {about['temperature']}; seed {about['seed']}"
-        )
+        features = rows_by_value({row: of["features"] for row, of in about["probed"].items() if row != "raw pixels"})
+        read = [of if len(features) == 1 else f"{of} ({', '.join(rows)})" for of, rows in features.items()]
+        lines.append(f"few labels and kNN: {', '.join(read)}; temperature {about['temperature']}; seed {about['seed']}")
         return "\n".join(lines)
 
     def text(self) -> str:
@@ -171,7 +184,8 @@ def probe(encoders: Mapping[str, Encoder], settings: ProbeSettings) -> ProbeTabl
         if row in encoders and isinstance(source, FrozenBackbone):
             probed[row]["network"] = source.backbone.name
     found = differences({name: right[name] for name in encoders}) if is_first_rank() else []
-    return ProbeTable(table, describe(context, settings, probed), differences=found)
+    views = {row: sources[0][0].settings for row, sources in rows.items()}
+    return ProbeTable(table, describe(context, settings, probed, views), differences=found)
 
 
 def check_channels(encoders: Mapping[str, Encoder]) -> None:
@@ -204,15 +218,17 @@ def in_words(key: str, value: Any) -> str:
     return f"{key.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
 
 
-def describe(context: ProbeContext, settings: ProbeSettings, probed: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What a reader needs to quote the scores."""
+def describe(
+    context: ProbeContext, settings: ProbeSettings, probed: dict[str, dict[str, Any]],
+    views: Mapping[str, EncoderSettings],
+) -> dict[str, Any]:  # fmt: skip
+    """What a reader needs to quote the scores; `views` has the settings of the view of each row."""
     train, val = context.train.index, context.val.index
     protocol = settings.protocol
     return {
         "train": train.location, "train_images": context.train.images, "train_unreadable": context.train.unreadable,
         "val": val.location, "val_images": context.val.images, "val_unreadable": context.val.unreadable,
-        "view": context.source.settings.crop_in_words, "image_size": context.source.settings.image_size,
-        "precision": settings.precision,
+        **describe_views(views), "precision": settings.precision,
         "classes": context.classes, "fingerprints": {"train": train.fingerprint(), "val": val.fingerprint()},
         "protocol": protocol.name if protocol else None, "source": protocol.source if protocol else None,
         "chosen_by_paper": protocol.chosen_by_paper if protocol else None, "probed": probed,

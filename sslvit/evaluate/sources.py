@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,37 @@ def forward_precision(precision: Precision, device: torch.device | str) -> Itera
 
 def view_in_words(settings: EncoderSettings, precision: Precision) -> str:
     """The view of each image in words, and the precision of the features unless it is float32."""
-    return settings.crop_in_words + ("" if precision == "float32" else f"; features computed in {precision}")
+    return settings.crop_in_words + in_precision(precision)
+
+
+def in_precision(precision: Precision) -> str:
+    """The precision of the features, to follow the view of an image; nothing for float32."""
+    return "" if precision == "float32" else f"; features computed in {precision}"
+
+
+def describe_views(settings: Mapping[str, EncoderSettings]) -> dict[str, Any]:
+    """The view and the image size of each row of a table, and those that all rows have in common, else None."""
+    views = {row: {"view": of.crop_in_words, "image_size": of.image_size} for row, of in settings.items()}
+    first, *others = views.values()
+    common = {key: value if all(other[key] == value for other in others) else None for key, value in first.items()}
+    return common | {"views": views}
+
+
+def heading_of_views(what: str, views: Mapping[str, Mapping[str, Any]], precision: Precision) -> list[str]:
+    """The views of `describe_views` in words: one line if all rows have the same, else one for the rows of each."""
+    found = rows_by_value({row: of["view"] for row, of in views.items()})
+    return [
+        f"{what}{'' if len(found) == 1 else ', for ' + ', '.join(rows)}: {view}{in_precision(precision)}"
+        for view, rows in found.items()
+    ]
+
+
+def rows_by_value(values: Mapping[str, str]) -> dict[str, list[str]]:
+    """Each value with the rows of a table that have it."""
+    found: dict[str, list[str]] = {}
+    for row, value in values.items():
+        found.setdefault(value, []).append(row)
+    return found
 
 
 @dataclass

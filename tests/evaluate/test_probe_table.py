@@ -28,6 +28,7 @@ from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.probe import probe
 from sslvit.evaluate.scores import format_score, format_table, interval, markdown_table
 from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels
+from sslvit.evaluation import compare
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, ProbeSettings
 from sslvit.settings.protocols import DINOProbeSettings
@@ -178,6 +179,30 @@ def test_encoders_that_are_built_alike_share_an_untrained_row(shards: Path) -> N
     assert alone.rows["a"] == table.rows["a"]
     with pytest.raises(ValueError, match="a, gray: these encoders take images of different channels"):
         probe({"a": encoders["a"], "gray": make(channels=1)}, settings)
+
+
+def test_a_comparison_states_the_view_and_the_features_of_each_encoder_where_they_differ(shards: Path) -> None:
+    encoders = {"small": make(), "large": make(image_size=16, depth=2, crop_fraction=0.75), "other": make(seed=1)}
+    table = compare(encoders, shards / "train", shards / "val", neighbors=[3], cache=None, device="cpu")
+    small, large = (encoders[name].settings.crop_in_words for name in ("small", "large"))
+    said = table.heading()
+    assert f"each image, for raw pixels, small, other untrained, small, other: {small}" in said
+    assert f"each image, for large untrained, large: {large}" in said
+    assert "few labels and kNN: layer 1, class pooling (small, other untrained, small, other), layer 2" in said
+    about = table.to_dict()["about"]
+    assert (about["view"], about["image_size"]) == (None, None)
+    assert about["views"]["large"] == {"view": large, "image_size": [16, 16]}
+    alike = compare({name: encoders[name] for name in ("small", "other")}, shards / "train", shards / "val",
+                    neighbors=[3], cache=None, device="cpu")  # fmt: skip
+    assert f"\neach image: {small}\n" in alike.heading()
+    assert (alike.about["view"], alike.about["image_size"]) == (small, [8, 8])
+    pack(array_samples(np.random.default_rng(0).integers(0, 255, (9, 8, 8, 3)).astype(np.uint8)), shards / "plain")
+    measured = compare(encoders, shards / "plain", device="cpu", precision="bf16")
+    assert f"each image, for raw pixels, small, other: {small}; features computed in bf16" in measured.heading
+    assert f"each image, for large: {large}; features computed in bf16" in measured.heading
+    seen = {row: of["view"] for row, of in measured.about["views"].items()}
+    assert seen == {"raw pixels": small, "small": small, "large": large, "other": small}
+    assert (measured.about["view"], measured.about["image_size"]) == (None, None)
 
 
 def test_unlabeled_or_different_data_is_refused(shards: Path) -> None:
