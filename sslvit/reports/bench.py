@@ -25,8 +25,8 @@ from sslvit.evaluate.probe import PAPER_RULE, score, untrained
 from sslvit.evaluate.protocols import ProbeContext, check_readouts
 from sslvit.evaluate.scores import Scores, columns_of, format_score, format_table, independent
 from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
-from sslvit.files import printable, remove_stale_temporaries, write_atomically
-from sslvit.locks import lock_file
+from sslvit.files import brief, printable, remove_stale_temporaries, write_atomically
+from sslvit.locks import lock_folder
 from sslvit.messages import for_python
 from sslvit.models import Encoder
 from sslvit.models.resize import check_resizable
@@ -44,7 +44,7 @@ from sslvit.settings.bench import (
 )
 from sslvit.settings.load import load_recipe
 from sslvit.train.backbones import refuse_transformer_keys
-from sslvit.train.folder import RunFolder
+from sslvit.train.folder import RunFolder, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -163,16 +163,26 @@ class BenchRun:
         return BenchTables(self.folder, tables, files)
 
     def claim(self) -> None:
-        """Create the folder or take over that of the same bench; refuse any other folder."""
-        remove_stale_temporaries(self.folder / MARK)
-        if self.folder.exists() and any(path.name != "cells" or any(path.iterdir()) for path in self.folder.iterdir()):
-            if not (self.folder / MARK).exists():
+        """Claim the locked folder, if it is empty or that of the same bench; refuse any other folder."""
+        mark = self.folder / MARK
+        remove_stale_temporaries(mark)
+        found = [path for path in self.folder.iterdir() if path.name != ".lock"]
+        if any(path.name != "cells" or any(path.iterdir()) for path in found):
+            if not mark.exists():
                 raise ValueError(f"{self.folder}: in use, and not by a bench (no {MARK}). Choose another --out.")
-            earlier = json.loads((self.folder / MARK).read_text()).get("name")
-            if earlier != self.settings.name:
-                raise ValueError(f"{self.folder}: holds the tables of another bench ({earlier}). Choose another --out.")
-        (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / MARK, json.dumps(asdict(self.settings), indent=1) + "\n")
+            earlier, name = read_json(mark), self.settings.name
+            if earlier is None:
+                raise ValueError(
+                    f'{mark}: damaged. Write {{"name": {json.dumps(name)}}} into it to resume this bench, or choose '
+                    "another --out."
+                )
+            if earlier.get("name") != name:
+                raise ValueError(
+                    f"{self.folder}: holds the tables of another bench ({brief(earlier.get('name'))}). Choose another "
+                    "--out."
+                )
+        (self.folder / "cells").mkdir(exist_ok=True)
+        write_atomically(mark, json.dumps(asdict(self.settings), indent=1) + "\n")
 
     # ---- rows ------------------------------------------------------------------------------------------------
 
@@ -233,8 +243,8 @@ class BenchRun:
         }  # fmt: skip
         key = _key(identity | shortened_by())
         file = self.folder / "cells" / f"{key}.json"
-        if file.exists():
-            found = json.loads(file.read_text())
+        found = read_json(file)  # None if there is none, or it is damaged
+        if found is not None:
             return Cell(found["values"], found["seconds"], found["about"], key)
         logger.info(printable(f"{data}: {row}: {column}"))
         start = time.monotonic()
@@ -355,10 +365,8 @@ def bench(config: str | Path, **changes: Any) -> BenchTables:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("bench: runs in one process. Start it without torchrun.")
     run = BenchRun(settings)
-    run.claim()
-    with lock_file(run.folder / ".lock", wait=False) as handle:
-        if handle is None:
-            raise ValueError(f"{run.folder}: another process runs this bench. Wait for it, or choose another --out.")
+    with lock_folder(run.folder, "run this bench"):
+        run.claim()
         return run.run()
 
 

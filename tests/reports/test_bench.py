@@ -19,6 +19,7 @@ from sslvit.data.pack import pack
 from sslvit.environment import MAX_STEPS
 from sslvit.evaluate import scores
 from sslvit.figures import plot_bars
+from sslvit.locks import lock_folder
 from sslvit.models import ViTEncoder
 from sslvit.reports import bench as module
 from sslvit.settings import EncoderSettings
@@ -272,6 +273,43 @@ def test_a_folder_of_something_else_is_left_alone(files: dict, tmp_path: Path, c
     assert main(["bench", write(files, tmp_path)]) == 1
     assert "in use, and not by a bench" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "bench").iterdir()] == ["thesis.tex"]
+
+
+def test_a_bench_that_runs_elsewhere_is_left_as_it_is(
+    files: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    files |= {"columns": {"kNN": files["columns"]["kNN"]}, "baselines": []}
+    assert main(["bench", write(files, tmp_path)]) == 0
+    folder = tmp_path / "bench"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with lock_folder(folder, "test"):
+        assert main(["bench", write(files, tmp_path), "--seed", "1"]) == 1
+        assert {
+            path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"
+        } == before
+    assert f"{folder}: another process is at work there. Wait until it has ended" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\udcff", "[" * 100_000], ids=["cut", "list", "bytes", "deep"])
+def test_damaged_files_of_a_bench_are_named_or_made_anew(
+    files: dict, tmp_path: Path, content: str, capsys: pytest.CaptureFixture
+) -> None:
+    files |= {"columns": {"kNN": files["columns"]["kNN"]}, "baselines": []}
+    assert main(["bench", write(files, tmp_path)]) == 0
+    (cell, *_), mark = sorted((tmp_path / "bench" / "cells").iterdir()), tmp_path / "bench" / "bench.json"
+    sound = cell.read_bytes()
+    for file in (cell, mark):
+        file.write_bytes(content.encode(errors="surrogateescape"))
+    capsys.readouterr()
+    assert main(["bench", write(files, tmp_path)]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.endswith(
+        f'{mark}: damaged. Write {{"name": "bench"}} into it to resume this bench, or choose another --out.'
+    )
+    assert "\n" not in said
+    mark.write_text('{"name": "bench"}')
+    assert main(["bench", write(files, tmp_path)]) == 0
+    assert json.loads(cell.read_text())["values"] == json.loads(sound)["values"]
 
 
 @pytest.mark.parametrize("path", sorted((recipes_folder() / "bench").glob("*.yaml")), ids=lambda path: path.name)
