@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +21,11 @@ from sslvit.progress import track
 HELD_OUT_EVERY = 10  # one in this many training images is held out to tune the n-gram's smoothing
 MAX_TUNING_IMAGES = 1_000
 MIN_IMAGES = 10  # needed for the counts
+MAX_COUNTED_PIXELS = 2**24  # counted at a time, in about 1 GB
+MAX_SCORED = 256  # images scored at a time, or one batch if that is larger
 DISCOUNTS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 LEFT_WEIGHTS = (0.3, 0.4, 0.5, 0.6, 0.7)
+Smoothing = tuple[float, float, float]  # discount with one neighbor, discount with two, weight of the left neighbor
 
 
 class Counts:
@@ -32,9 +37,20 @@ class Counts:
         colors: number of colors in the palette.
     """
 
-    def __init__(self, context: np.ndarray, color: np.ndarray, colors: int) -> None:
-        self.keys, counts = np.unique(context * colors + color, return_counts=True)
-        self.before, self.colors = np.append(0, np.cumsum(counts)), colors
+    def __init__(self, keys: np.ndarray, counts: np.ndarray, colors: int) -> None:
+        self.keys, self.before, self.colors = keys, np.append(0, np.cumsum(counts)), colors
+
+    @classmethod
+    def of(cls, context: np.ndarray, color: np.ndarray, colors: int) -> Counts:
+        """Count how often each color follows each context."""
+        return cls(*np.unique(context * colors + color, return_counts=True), colors)
+
+    def __add__(self, other: Counts) -> Counts:
+        """The counts of both together."""
+        keys, places = np.unique(np.append(self.keys, other.keys), return_inverse=True)
+        counts = np.zeros(len(keys), np.int64)
+        np.add.at(counts, places, np.append(np.diff(self.before), np.diff(other.before)))
+        return Counts(keys, counts, self.colors)
 
     def look_up(self, context: np.ndarray, color: np.ndarray) -> PixelCounts:
         """The counts of each pixel's context and color."""
@@ -84,16 +100,29 @@ class NGramTable:
     def __init__(self, images: np.ndarray, colors: int) -> None:
         self.colors = colors
         left, upper, color = self.contexts_of(images)
-        self.unigram = (np.bincount(color, minlength=colors) + 1) / (len(color) + colors)
-        self.by_left, self.by_upper = Counts(left, color, colors), Counts(upper, color, colors)
-        self.by_both = Counts(left * (colors + 1) + upper, color, colors)
+        self.frequency = np.bincount(color, minlength=colors)
+        self.by_left, self.by_upper = Counts.of(left, color, colors), Counts.of(upper, color, colors)
+        self.by_both = Counts.of(left * (colors + 1) + upper, color, colors)
+
+    def __add__(self, other: NGramTable) -> NGramTable:
+        """The table of the images of both."""
+        made = copy.copy(self)
+        made.frequency = self.frequency + other.frequency
+        made.by_left, made.by_upper = self.by_left + other.by_left, self.by_upper + other.by_upper
+        made.by_both = self.by_both + other.by_both
+        return made
+
+    @property
+    def unigram(self) -> np.ndarray:
+        """p(color): the frequencies of colors, with one added to each count."""
+        return (self.frequency + 1) / (self.frequency.sum() + self.colors)
 
     def contexts_of(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Left neighbor, upper neighbor and color of every pixel."""
         framed = np.pad(images.astype(np.int64), ((0, 0), (1, 0), (1, 0)), constant_values=self.colors)
         return framed[:, 1:, :-1].ravel(), framed[:, :-1, 1:].ravel(), images.astype(np.int64).ravel()
 
-    def nats(self, images: np.ndarray, trials: list[tuple[float, float, float]]) -> list[float]:
+    def nats(self, images: np.ndarray, trials: list[Smoothing]) -> list[float]:
         """Mean negative log-likelihood per pixel under each choice of smoothing.
 
         Args:
@@ -111,23 +140,24 @@ class NGramTable:
         return nats
 
 
-def ngram_nats(train: np.ndarray, val: np.ndarray, colors: int) -> float:
-    """Nats per pixel of `val` under an n-gram of `train`, with smoothing tuned on held-out training images."""
-    return NGramTable(train, colors).nats(val, [tune_smoothing(train, colors)])[0]
+def count_ngrams(pieces: Iterable[np.ndarray], colors: int) -> tuple[NGramTable, Smoothing]:
+    """An n-gram table of all images, and its smoothing, from images 'b h w' that come in pieces.
 
-
-def tune_smoothing(images: np.ndarray, colors: int) -> tuple[float, float, float]:
-    """The smoothing that is best on every tenth image, at most 1,000 of them, for an n-gram of the others."""
-    is_held_out = np.arange(len(images)) % HELD_OUT_EVERY == 0
+    The smoothing is the one that is best on every tenth image, at most 1,000 of them, for an n-gram of the others.
+    """
+    counted = held_out = NGramTable(np.empty((0, 1, 1), np.int64), colors)
+    tuned_on: list[np.ndarray] = []
+    number = 0
+    for images in pieces:
+        is_held_out = np.arange(number, number + len(images)) % HELD_OUT_EVERY == 0
+        counted += NGramTable(images[~is_held_out], colors)
+        held_out += NGramTable(images[is_held_out], colors)
+        rows = np.flatnonzero(is_held_out)[: MAX_TUNING_IMAGES - sum(map(len, tuned_on))]
+        tuned_on.append(images[rows])
+        number += len(images)
     trials = list(itertools.product(DISCOUNTS, DISCOUNTS, LEFT_WEIGHTS))
-    nats = NGramTable(images[~is_held_out], colors).nats(images[is_held_out][:MAX_TUNING_IMAGES], trials)
-    return trials[int(np.argmin(nats))]
-
-
-def unigram_nats(train: np.ndarray, val: np.ndarray, colors: int) -> float:
-    """Nats per pixel of `val` under the color frequencies of `train`, with one added to each count."""
-    probs = (np.bincount(train.ravel(), minlength=colors) + 1) / (train.size + colors)
-    return float(-np.log(probs[val.ravel()]).mean())
+    nats = counted.nats(np.concatenate(tuned_on), trials)
+    return counted + held_out, trials[int(np.argmin(nats))]
 
 
 @torch.no_grad()
@@ -147,14 +177,17 @@ def likelihood(model: IGPTModel, train: LabeledSet, val: LabeledSet, batch: int 
             f"{MIN_IMAGES} or more."
         )
     model.eval()
-    colors = model.head.out_features
-    counted, scored = palette_images(model, train), palette_images(model, val)
-    nats = {
-        f"uniform over {colors} colors": math.log(colors),
-        "unigram": unigram_nats(counted, scored, colors),
-        "n-gram of left and upper neighbor": ngram_nats(counted, scored, colors),
-        "iGPT": model_nats(model, torch.from_numpy(scored).flatten(1), batch),
-    }
+    colors, (rows, columns) = model.head.out_features, model.encoder.settings.grid
+    at_once = max(1, MAX_COUNTED_PIXELS // (rows * columns))
+    table, smoothing = count_ngrams(regroup(palette_images(model, train, "counting"), at_once), colors)
+    unigram, sizes, found = table.unigram, [], []
+    for images in regroup(palette_images(model, val, "scoring"), batch * max(1, MAX_SCORED // batch)):
+        sizes.append(len(images))
+        of_model = model_nats(model, torch.from_numpy(images).flatten(1), batch)
+        found.append((float(-np.log(unigram[images.ravel()]).mean()), *table.nats(images, [smoothing]), of_model))
+    means = np.array(sizes) / sum(sizes) @ np.array(found)
+    names = "unigram", "n-gram of left and upper neighbor", "iGPT"
+    nats = {f"uniform over {colors} colors": math.log(colors), **dict(zip(names, means.tolist(), strict=True))}
     if not all(math.isfinite(value) for value in nats.values()):
         raise ValueError("the model's predictions are not finite numbers: its training has probably failed.")
     return {name: {"nats per pixel": value, "bits per pixel": value / math.log(2)} for name, value in nats.items()}
@@ -164,25 +197,41 @@ def model_nats(model: IGPTModel, colors: Int[Tensor, "b n"], batch: int) -> floa
     """Mean nats per pixel of images given as palette indices."""
     encoder, total = model.encoder, 0.0
     pixels = encoder.pixel_tokens
-    for piece in track(colors.split(batch), "scoring", len(colors), each=batch):
+    for piece in colors.split(batch):
         piece = piece.long().to(pixels.palette.device)
         images = pixels.images_of(piece, encoder.settings.grid)
         total += float(pixel_nll(model.head(encoder(images)), piece)) * len(piece)
     return total / len(colors)
 
 
-def palette_images(model: IGPTModel, data: LabeledSet) -> np.ndarray:
-    """The encoder's view of every readable image as palette indices, 'b h w'."""
+def palette_images(model: IGPTModel, data: LabeledSet, doing: str) -> Iterator[np.ndarray]:
+    """The encoder's view of every readable image as palette indices, 'b h w', batch by batch.
+
+    `doing` names the work in reports of progress.
+
+    Raises:
+        NoScore: too many images could not be read; raised after the last batch.
+    """
     encoder = model.encoder
     pixels = encoder.pixel_tokens
     loader = evaluation_loader(data.reader, encoder.settings, subset=data.subset)
-    pieces: list[np.ndarray] = []
     samples: list[Tensor] = []
     unreadable: dict[str, str] = {}
-    for batch in track(loader, "images into the palette", len(data.samples), each=256):
+    for batch in track(loader, doing, len(data.samples), each=256):
         indices = pixels.quantize(normalized_view(batch, encoder.settings, pixels.palette.device))[batch.valid]
-        pieces.append(indices.cpu().numpy().astype(np.int32).reshape(-1, *encoder.settings.grid))
         samples.append(batch.samples[batch.valid])
         unreadable |= batch.unreadable
+        yield indices.cpu().numpy().astype(np.int32).reshape(-1, *encoder.settings.grid)
     data.account_for(torch.cat(samples), unreadable)
-    return np.concatenate(pieces)
+
+
+def regroup(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The same images in groups of one size; the last one may be smaller."""
+    waiting: np.ndarray | None = None
+    for piece in pieces:
+        waiting = piece if waiting is None else np.concatenate([waiting, piece])
+        while len(waiting) >= size:
+            yield waiting[:size]
+            waiting = waiting[size:]
+    if waiting is not None and len(waiting):
+        yield waiting

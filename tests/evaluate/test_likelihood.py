@@ -16,15 +16,8 @@ from sslvit.data.array_images import array_samples
 from sslvit.data.folders import folder_source
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
-from sslvit.evaluate.likelihood import (
-    NGramTable,
-    likelihood,
-    model_nats,
-    ngram_nats,
-    palette_images,
-    tune_smoothing,
-    unigram_nats,
-)
+from sslvit.evaluate import likelihood as module
+from sslvit.evaluate.likelihood import NGramTable, count_ngrams, likelihood, model_nats, palette_images
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.models.igpt import IGPTModel, pixel_nll
 from sslvit.run_plan import RunPlan
@@ -34,6 +27,15 @@ from sslvit.tasks.igpt import IGPT
 
 def noise(count: int, colors: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, colors, (count, 6, 5)).astype(np.int16)
+
+
+def tune_smoothing(images: np.ndarray, colors: int) -> tuple[float, float, float]:
+    return count_ngrams([images], colors)[1]
+
+
+def ngram_nats(train: np.ndarray, val: np.ndarray, colors: int) -> float:
+    table, smoothing = count_ngrams([train], colors)
+    return table.nats(val, [smoothing])[0]
 
 
 def test_probabilities_of_all_colors_sum_to_one_in_any_context() -> None:
@@ -94,7 +96,7 @@ def test_single_colors_by_how_often_they_are() -> None:
     train[0, 0, :25] = 1
     shares = np.array([76, 26]) / 102
     val = np.array([[[0, 1]]], np.int16)
-    assert unigram_nats(train, val, 2) == pytest.approx(-np.log(shares).mean())
+    assert -np.log(NGramTable(train, 2).unigram[val]).mean() == pytest.approx(-np.log(shares).mean())
 
 
 def counted_by_hand(train: np.ndarray, val: np.ndarray, colors: int, single: float, both: float, left: float) -> float:
@@ -188,6 +190,42 @@ def by_model(model: IGPTModel, scored: np.ndarray) -> float:
     return total / scored.size
 
 
+def in_palette(model: IGPTModel, data: LabeledSet) -> np.ndarray:
+    return np.concatenate(list(palette_images(model, data, "reading")))
+
+
+def test_a_large_data_set_is_counted_and_scored_a_few_images_at_a_time(
+    model: IGPTModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in (("train", 40), ("val", 11)):
+        pack(
+            array_samples(np.random.default_rng(count).integers(0, 256, (count, 6, 6)).astype(np.uint8)),
+            tmp_path / name,
+        )
+    train, val = (LabeledSet(load_index(tmp_path / name), 1) for name in ("train", "val"))
+    whole, sizes = likelihood(model, train, val), {"counted": set(), "scored": set()}
+    contexts, scored = NGramTable.contexts_of, module.model_nats
+
+    def count(self: NGramTable, images: np.ndarray) -> tuple:
+        sizes["counted"].add(len(images))
+        return contexts(self, images)
+
+    def score(model: IGPTModel, colors: torch.Tensor, batch: int) -> float:
+        sizes["scored"].add(len(colors))
+        return scored(model, colors, batch)
+
+    monkeypatch.setattr(NGramTable, "contexts_of", count)
+    monkeypatch.setattr(module, "model_nats", score)
+    monkeypatch.setattr(module, "MAX_COUNTED_PIXELS", 7 * 36, raising=False)
+    monkeypatch.setattr(module, "MAX_SCORED", 5, raising=False)
+    found = likelihood(model, train, val, batch=2)
+    for row, nats in whole.items():
+        assert found[row] == pytest.approx(nats, rel=1e-6)
+    # four images are held out of 40 to tune the smoothing; of 11 images in groups of whole batches, three remain
+    assert max(sizes["counted"]) <= 7
+    assert sizes["scored"] == {4, 3}
+
+
 def test_unreadable_images_are_left_out(model: IGPTModel, tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", count=3)
     found = folder_source(folder)
@@ -195,9 +233,9 @@ def test_unreadable_images_are_left_out(model: IGPTModel, tmp_path: Path) -> Non
     path = tmp_path / "shards" / "shard-000000.tar"
     content = path.read_bytes()
     path.write_bytes(content.replace(b"IHDR", b"XXXX", 1))
-    assert palette_images(model, LabeledSet(index, 1, max_unreadable_fraction=0.2)).shape == (5, 6, 6)
+    assert in_palette(model, LabeledSet(index, 1, max_unreadable_fraction=0.2)).shape == (5, 6, 6)
     with pytest.raises(ValueError, match="1 of 6 images cannot be read"):
-        palette_images(model, LabeledSet(index, 1))
+        in_palette(model, LabeledSet(index, 1))
 
 
 def test_the_table_and_its_command(model: IGPTModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -210,7 +248,7 @@ def test_the_table_and_its_command(model: IGPTModel, tmp_path: Path, capsys: pyt
     names = ["uniform over 8 colors", "unigram", "n-gram of left and upper neighbor", "iGPT"]
     assert list(rows) == names
     assert rows[names[0]] == {"nats per pixel": math.log(8), "bits per pixel": 3.0}
-    counted, scored = palette_images(model, train), palette_images(model, val)
+    counted, scored = in_palette(model, train), in_palette(model, val)
     for name, found in (("train", counted), ("val", scored)):  # packing shuffles
         boxes = grays[name] // 32  # eight equal ones
         assert sorted(found.reshape(-1, 36).tolist()) == sorted(boxes.reshape(-1, 36).tolist())

@@ -997,15 +997,15 @@ FAULTS = [
     Fault(
         "The likelihood is scored on training images",
         LIKELIHOOD,
-        "counted, scored = palette_images(model, train), palette_images(model, val)",
-        "counted, scored = palette_images(model, train), palette_images(model, train)",
+        'regroup(palette_images(model, val, "scoring")',
+        'regroup(palette_images(model, train, "scoring")',
         OF_LIKELIHOOD,
     ),
     Fault(
         "Colors are counted on the scored images",
         LIKELIHOOD,
-        "counted, scored = palette_images(model, train), palette_images(model, val)",
-        "counted, scored = palette_images(model, val), palette_images(model, val)",
+        'regroup(palette_images(model, train, "counting")',
+        'regroup(palette_images(model, val, "counting")',
         OF_LIKELIHOOD,
     ),
     Fault(
@@ -1020,6 +1020,20 @@ FAULTS = [
         LIKELIHOOD,
         "NGramTable(images[~is_held_out], colors)",
         "NGramTable(images, colors)",
+        OF_LIKELIHOOD,
+    ),
+    Fault(
+        "Counts of a piece replace those of the pieces before",
+        LIKELIHOOD,
+        "counted += NGramTable",
+        "counted = NGramTable",
+        OF_LIKELIHOOD,
+    ),
+    Fault(
+        "Every group of images has the same weight in the likelihood",
+        LIKELIHOOD,
+        "np.array(sizes) / sum(sizes) @ np.array(found)",
+        "np.array(found).mean(0)",
         OF_LIKELIHOOD,
     ),
     Fault(
@@ -1042,8 +1056,8 @@ FAULTS = [
     Fault(
         "Colors that never occur have no probability",
         LIKELIHOOD,
-        "(np.bincount(train.ravel(), minlength=colors) + 1) / (train.size + colors)",
-        "(np.bincount(train.ravel(), minlength=colors) + 1e-9) / train.size",
+        "(self.frequency + 1) / (self.frequency.sum() + self.colors)",
+        "(self.frequency + 1e-9) / self.frequency.sum()",
         OF_LIKELIHOOD,
     ),
 ]
