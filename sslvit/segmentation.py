@@ -44,7 +44,8 @@ class SegmentationTable(Result):
             f"Percent on {about['val_images']:,} images of {about['val']} (maps fitted on {about['train_images']:,} of "
             f"{about['train']});\nof each image and mask: {about['seen']}; L2 penalty {about['l2']}",
             format_table(self.scores),
-            f"of the masks' labeled pixels, {about['labeled_pixels_seen_percent']:.1f} % are in these views"
+            fitted_in_words(about["fitted_patches_percent"])
+            + f"of the masks' labeled pixels, {about['labeled_pixels_seen_percent']:.1f} % are in these views"
             + (f"\n{SAME_DATA}" if about["same_data"] else "")
             + (f"\n{self.figure}" if self.figure else ""),
         ]
@@ -57,6 +58,12 @@ class SegmentationTable(Result):
     def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
         """Titles and rows of the score table."""
         return score_cells(self.scores)
+
+
+def fitted_in_words(percent: dict[str, float]) -> str:
+    """A line with the percentage of patches that the maps of some rows were fitted on; empty if it was all of them."""
+    of_rows = [f"{value:.3g} % of them ({row})" for row, value in percent.items() if value < 100]
+    return f"maps fitted on random patches of the training images: {', '.join(of_rows)}\n" if of_rows else ""
 
 
 @for_python

@@ -37,6 +37,9 @@ from sslvit.stopping import obey_parent_alone
 logger = logging.getLogger(__name__)
 
 HELD_OUT_EVERY = 5  # one in this many training images is held out to select the penalty
+MAX_FITTED = (
+    2**28
+)  # numbers in features and targets that a map is fitted on, which takes some 42 bytes each, 11 GB in all
 
 
 @dataclass
@@ -130,10 +133,12 @@ def segment(
     is_held_out[of_train.labeled[rng.generator(seed, "dense").permutation(len(of_train.labeled))[:count]]] = True
     scores: Scores = {}
     predictions = {}
+    fitted_percent = {}
     for row, encoder in encoders.items():
         logger.info(f"probing {row}")
         maps_of = PatchMaps(encoder and encoder.to(device).eval(), settings, batch, device, workers, precision)
-        head = _fit_on(maps_of, train, classes, is_held_out)
+        head, fraction = _fit_on(maps_of, train, classes, is_held_out, seed)
+        fitted_percent[row] = 100 * fraction
         confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)
         kept: list[np.ndarray] = []
         for maps, masks in maps_of(val):
@@ -152,7 +157,7 @@ def segment(
         "train": str(train.folder), "train_images": len(train), "val": str(val.folder), "val_images": len(val),
         "classes": classes.tolist(), "view": settings.crop_in_words, "precision": precision,
         "labeled_pixels_seen_percent": 100 * of_val.coverage, "l2": "selected on held-out training images",
-        "seed": seed,
+        "fitted_patches_percent": fitted_percent, "seed": seed,
     }  # fmt: skip
     return DenseTable(scores, about, predictions)
 
@@ -213,15 +218,24 @@ def fit_head(
 
 
 def _fit_on(
-    maps_of: PatchMaps, train: MaskedImages, classes: np.ndarray, is_held_out: Bool[Tensor, "images"]
-) -> LinearMap:
-    """`fit_head` on the patches of all training images, each weighted by its labeled pixels."""
+    maps_of: PatchMaps, train: MaskedImages, classes: np.ndarray, is_held_out: Bool[Tensor, "images"], seed: int
+) -> tuple[LinearMap, float]:
+    """`fit_head` on the patches of all training images, each weighted by its labeled pixels.
+
+    Of more than MAX_FITTED numbers, a random part of the patches is used; the second result is its expected fraction.
+    """
     values, targets, weights, held_out = [], [], [], []
+    first = 0
     for number, (maps, masks) in enumerate(maps_of(train)):
         target, labeled = patch_targets(masks, classes, (maps.shape[2], maps.shape[3]))
-        values.append(rearrange(maps, "b d rows columns -> (b rows columns) d"))
-        targets.append(target)
-        weights.append(labeled)
+        per_image = labeled.numel() // len(masks)
+        fraction = min(1.0, MAX_FITTED / (len(train) * per_image * (maps.shape[1] + len(classes))))
+        drawn = rng.uniform((seed, "fitted patches"), np.arange(first, first + len(labeled)), 1)[:, 0]
+        kept, first = torch.from_numpy(drawn < fraction), first + len(labeled)
+        values.append(rearrange(maps, "b d rows columns -> (b rows columns) d")[kept.to(maps.device)])
+        targets.append(target[kept])
+        weights.append(labeled[kept])
         of_batch = is_held_out[number * maps_of.batch :][: len(masks)]
-        held_out.append(of_batch.repeat_interleave(labeled.numel() // len(masks)) & (labeled > 0))
-    return fit_head(*(torch.cat(batches).to(maps_of.device) for batches in (values, targets, weights, held_out)))
+        held_out.append((of_batch.repeat_interleave(per_image) & (labeled > 0))[kept])
+    columns = (torch.cat(batches).to(maps_of.device) for batches in (values, targets, weights, held_out))
+    return fit_head(*columns), fraction

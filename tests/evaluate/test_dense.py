@@ -234,6 +234,34 @@ def test_what_share_of_the_labels_is_scored_is_said(tmp_path: Path, mode: str, f
     assert (image[:, :, 5:] > 190).all()
 
 
+def test_a_large_data_set_fits_its_map_on_random_patches_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, val = write(tmp_path / "train", 30, 0), write(tmp_path / "val", 4, 1)
+    encoder, fitted, fit = make(), [], dense.fit_head
+    monkeypatch.setattr(dense, "fit_head", lambda *given: fitted.append(given) or fit(*given))
+    whole = sslvit.segment(encoder, train, val, device="cpu", baselines=False)
+    assert "random" not in str(whole)
+    patches = 30 * 16
+    monkeypatch.setattr(dense, "MAX_FITTED", patches * (16 + 2) // 2, raising=False)  # half of width and classes
+    table = sslvit.segment(encoder, train, val, device="cpu", baselines=False)
+    again = sslvit.segment(encoder, train, val, device="cpu", baselines=False, batch=7)
+    other = sslvit.segment(encoder, train, val, device="cpu", baselines=False, seed=1)
+    every, half, batched, seeded = (given[0] for given in fitted)
+    assert len(every) == patches
+    assert 0.4 * patches < len(half) < 0.6 * patches
+    torch.testing.assert_close(half, batched)  # whatever the batches
+    assert not torch.equal(half[:40], seeded[:40])
+    number = torch.cdist(half, every).argmin(1)
+    for kept, whole_column in zip(fitted[1][1:], fitted[0][1:], strict=True):  # target, weight and is_held_out
+        torch.testing.assert_close(kept, whole_column[number])
+    assert table.about["fitted_patches_percent"] == {"encoder": pytest.approx(50)}
+    assert "maps fitted on random patches of the training images: 50 % of them (encoder)" in str(table)
+    assert again.about == table.about
+    assert other.about["fitted_patches_percent"] == table.about["fitted_patches_percent"]
+    assert table.scores["encoder"]["mean IoU"] != whole.scores["encoder"]["mean IoU"]
+
+
 def test_segmentation_from_python_gives_what_the_command_prints(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train, val = write(tmp_path / "train", 10, 0), write(tmp_path / "val", 4, 1)
     encoder = make()

@@ -231,6 +231,9 @@ FAULTS = [
           "l2[best : best + 1], weights[None])",
           "l2[best : best + 1], (weights > 0)[None].double())",
           "test_dense.py"),
+    fault("Random patches of a large data set depend on the batch", "dense.py",
+          "kept, first = torch.from_numpy(drawn < fraction), first + len(labeled)",
+          "kept = torch.from_numpy(drawn < fraction)", "test_dense.py"),
     # measures without labels
     fault("RankMe is of squared singular values", "health.py",
           "probs = values / values.sum().clamp(min=1e-12) + 1e-7",
