@@ -59,6 +59,7 @@ class ShardIndex:
         encoding: How packing changed the images, in words; empty if it did not.
         orientation: upright to rotate images by their EXIF orientation, stored to use their pixels as stored.
         skipped: Name of each skipped file -> reason.
+        job: Digest of the job that packed the shards (unfinished.digest_job), or empty.
         cache: Cache of shards from the network, or None.
         cached_in: Folder in the local cache that holds the index, if it does not lie beside the shards.
     """
@@ -75,6 +76,7 @@ class ShardIndex:
     encoding: str = ""
     orientation: str = "upright"
     skipped: dict[str, str] = field(default_factory=dict)
+    job: str = ""
     cache: ShardCache | None = None
     cached_in: str = ""
 
@@ -208,7 +210,8 @@ class ShardIndex:
         more = {"bytes": [s.bytes for s in self.shards], "sha256": [s.sha256 for s in self.shards]}
         content = {
             "format": FORMAT, "records_sha256": sha256_of(folder / "index.npy"),
-            **{name: getattr(self, name) for name in INDEX_FIELDS}, "splits": {split: about | more},
+            **{name: getattr(self, name) for name in INDEX_FIELDS}, "job": self.job,
+            "splits": {split: about | more},
         }  # fmt: skip
         _write_json(folder / "_info.json", {"splits": {split: about}})
         _write_json(folder / "index.json", content)
@@ -288,7 +291,8 @@ def read_index(content: bytes, records_file: Path, location: str, cached_in: str
         raise ValueError(f"{where}/index.json: {printable(error)}. {_rebuild_hint(location, cached_in)}") from error
     columns = [split[name] for name in ("filenames", "shard_lengths", "bytes", "sha256")]
     shards = [Shard(*values) for values in zip(*columns, strict=True)]
-    return ShardIndex(location, shards, records, **{name: about[name] for name in INDEX_FIELDS}, cached_in=cached_in)
+    fields = {name: about[name] for name in (*INDEX_FIELDS, "job")}
+    return ShardIndex(location, shards, records, **fields, cached_in=cached_in)
 
 
 def _rebuild_hint(location: str, cached_in: str = "") -> str:

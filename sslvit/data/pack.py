@@ -29,7 +29,13 @@ from sslvit.data.python_data import MapDataset
 from sslvit.data.shard_images import shard_source
 from sslvit.data.sources import Samples, SampleTable, hold_out
 from sslvit.data.store import PackSettings
-from sslvit.data.unfinished import check_destination, finish_packing, load_job
+from sslvit.data.unfinished import (
+    check_destination,
+    describe_job,
+    finish_packing,
+    load_job,
+    packed_earlier,
+)
 from sslvit.files import printable, write_atomically
 from sslvit.locks import lock_folder
 
@@ -63,6 +69,8 @@ def pack_source(
     Returns:
         The index, or those of train and val; an empty list for a part.
 
+    An interrupted packing goes on: shards and folders that it has completed are not packed again.
+
     Raises:
         ValueError: there are no images, or the folder holds shards or an unfinished packing of another source.
     """
@@ -94,15 +102,23 @@ def pack_source(
         jobs = [(folder, SampleTable(samples)) for folder, samples in zip(folders, held_out, strict=True)]
         del held_out
     found.samples = []  # moved to the tables; the packing processes would copy the list
-    for folder, _ in jobs:
-        check_destination(folder, overwrite)
+    earlier = [
+        None if overwrite else packed_earlier(folder, samples, found.classes, settings) for folder, samples in jobs
+    ]
+    if None not in earlier and not all(samples.modified_ns.all() for _, samples in jobs):
+        earlier = [None] * len(jobs)  # no files: others are compared by some of their images, too few to skip all
+    for (folder, _), index in zip(jobs, earlier, strict=True):
+        if index is None:
+            check_destination(folder, overwrite)
+        else:
+            logger.info(f"{folder}: the same images are packed there already; --overwrite packs them again.")
     for note in found.notes:
         logger.info(f"{name}: {note}")
     packed = [
-        pack(samples, folder, found.classes, settings, overwrite, workers, part_of, found.skipped)
-        for folder, samples in jobs
+        index or pack(samples, folder, found.classes, settings, overwrite, workers, part_of, found.skipped)
+        for (folder, samples), index in zip(jobs, earlier, strict=True)
     ]
-    return [index for index in packed if index is not None]
+    return [index for index in packed if index is not None and part_of[1] == 1]
 
 
 def pack(
@@ -136,7 +152,7 @@ def pack(
     number, count = part
     with lock_folder(folder, "pack into it", f".part-{number}-of-{count}.lock"):
         job = PackJob(table, folder, settings)
-        _begin(job, job.identity(classes), overwrite, skipped or {})
+        _begin(job, describe_job(table, classes, settings), overwrite, skipped or {})
         shards = list(range(job.shards))[number - 1 :: count]
         sizes = np.diff(job.starts)
         for _ in in_parallel(job, shards, workers, "packing", int(sizes[shards].sum())):
@@ -184,7 +200,7 @@ def _begin(job: PackJob, identity: dict, overwrite: bool, skipped: dict[str, str
                 f"{job.folder}: an unfinished packing of something else (other {', '.join(changed)}). "
                 "Finish it, delete that folder, or pass --overwrite."
             )
-        for old in job.folder.glob("[sj]*"):  # shards, reports and the job, but not the locks in use
+        for old in [*job.folder.glob("shard-*"), job_file]:  # but not the locks in use
             old.unlink()
     job.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(job.folder / "job.lock"):  # if several parts start together, the first decides

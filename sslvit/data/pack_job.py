@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from sslvit.data.records import RECORD
 from sslvit.data.scan import ShardReport
 from sslvit.data.sources import Samples, SampleTable, Texts
 from sslvit.data.store import BLOCK, MAX_MEMBER_NAME, PackSettings, TarWriter, store
-from sslvit.data.unfinished import digest_samples, digest_times, load_report, save_report, shard_name
+from sslvit.data.unfinished import load_report, save_report, shard_name
 from sslvit.files import new_file
 
 MAX_ENCODED_SUFFIX = 4  # the length of webp
@@ -59,12 +59,6 @@ class PackJob:
     def shards(self) -> int:
         """Number of shards."""
         return len(self.starts) - 1
-
-    def identity(self, classes: list[str] | None) -> dict:
-        """Properties that must be unchanged for a restart to resume the job."""
-        source, times = digest_samples(self.samples), digest_times(self.samples)
-        more = {"classes": classes, **asdict(self.settings)}
-        return {"images": len(self.samples), "source": source, "times": times, **more}
 
     def _stored_bytes(self) -> np.ndarray:
         """Estimated stored size of each sample, in the order of packing; exact for files stored unchanged."""

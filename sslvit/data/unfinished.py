@@ -6,12 +6,12 @@ import hashlib
 import json
 import logging
 import os
-import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sslvit.data.index import ShardIndex
+from sslvit.data.index import ShardIndex, load_index
 from sslvit.data.records import load_records, save_records
 from sslvit.data.scan import ShardReport, join_reports
 from sslvit.data.schema import checked_job, checked_report, parse_json
@@ -35,13 +35,16 @@ def finish_packing(destination: str | Path, overwrite: bool = False) -> ShardInd
         raise ValueError(
             f"{destination}: no packing to finish there (sslvit shards pack SRC {destination} --part 1/8)."
         )
-    check_destination(destination, overwrite)
-    with lock_folder(folder, "finish its packing", ".finish.lock"):
-        return _finish(destination, folder)
-
-
-def _finish(destination: Path, folder: Path) -> ShardIndex:
     job = load_job(folder)
+    with lock_folder(folder, "finish its packing", ".finish.lock"):
+        if not overwrite and (joined := _joined_earlier(destination, job)) is not None:
+            remove_packing(folder)  # what a killed process had yet to do
+            return joined
+        check_destination(destination, overwrite)
+        return _finish(destination, folder, job)
+
+
+def _finish(destination: Path, folder: Path, job: dict[str, Any]) -> ShardIndex:
     shards = len(job["starts"]) - 1
     found = {number: load_report(folder, number) for number in range(shards)}
     reports = [report for report in found.values() if report is not None]
@@ -52,7 +55,7 @@ def _finish(destination: Path, folder: Path) -> ShardIndex:
         )
     skipped = {name: reason for report in reports for name, reason in report.skipped.items()}
     if not any(report.shard.samples for report in reports):
-        shutil.rmtree(folder)
+        remove_packing(folder)
         name, reason = next(iter(skipped.items()))
         raise ValueError(
             f"{printable(destination)}: none of {job['images']} images is readable (first: {printable(name)}: "
@@ -61,14 +64,15 @@ def _finish(destination: Path, folder: Path) -> ShardIndex:
     settings = PackSettings(**{name: job[name] for name in asdict(PackSettings())})
     index = join_reports(reports, destination, job["classes"], settings.describe(), settings.orientation)
     index.skipped = job["passed_over"] | index.skipped
-    for old in [*destination.glob("shard-*.tar"), *destination.glob("index.*")]:
+    index.job = digest_job(job)
+    for old in [*destination.glob("shard-*.tar"), destination / "index.npy", destination / "index.json"]:
         if old.name not in {shard.name for shard in index.shards} or (folder / old.name).exists():
-            old.unlink()  # with --overwrite, and only once the new ones are complete
+            old.unlink(missing_ok=True)  # with --overwrite, and only once the new ones are complete
     for shard in index.shards:
         if (folder / shard.name).exists():  # unless an earlier attempt has moved it
             os.replace(folder / shard.name, destination / shard.name)
     index.save()
-    shutil.rmtree(folder)
+    remove_packing(folder)
     if skipped:
         name, reason = next(iter(skipped.items()))
         logger.info(
@@ -83,6 +87,34 @@ def check_destination(folder: Path, overwrite: bool) -> None:
     is_finishing = (folder / "packing" / "job.json").exists() and not (folder / "index.json").exists()
     if not overwrite and not is_finishing and (any(folder.glob("*.tar")) or (folder / "index.json").exists()):
         raise ValueError(f"{folder}: already holds shards. Choose another folder, or pass --overwrite.")
+
+
+def packed_earlier(
+    folder: Path, samples: SampleTable, classes: list[str] | None, settings: PackSettings
+) -> ShardIndex | None:
+    """The index of complete shards of the same samples that packing wrote into the folder; None if there are none."""
+    if not (folder / "index.json").exists():
+        return None
+    index = _joined_earlier(folder, describe_job(samples, classes, settings))
+    return finish_packing(folder) if index is not None and (folder / "packing" / "job.json").exists() else index
+
+
+def _joined_earlier(folder: Path, job: dict[str, Any]) -> ShardIndex | None:
+    """The index of complete shards of this job; None if there are none."""
+    try:
+        index = load_index(folder)
+    except (FileNotFoundError, ValueError):
+        return None
+    return index if index.job == digest_job(job) and not index.missing_shards() else None
+
+
+def remove_packing(folder: Path) -> None:
+    """Remove the folder of an unfinished packing, unless it holds other files."""
+    for pattern in ("shard-*", "job.*", ".*.lock"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def shard_name(number: int) -> str:
@@ -118,6 +150,18 @@ def load_job(folder: Path) -> dict[str, Any]:
         return job
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}. Delete {printable(folder)} and pack again.") from error
+
+
+def describe_job(samples: SampleTable, classes: list[str] | None, settings: PackSettings) -> dict[str, Any]:
+    """Properties of a packing that must be unchanged for a restart to resume it."""
+    source, times = digest_samples(samples), digest_times(samples)
+    return {"images": len(samples), "source": source, "times": times, "classes": classes, **asdict(settings)}
+
+
+def digest_job(job: dict[str, Any]) -> str:
+    """Digest of a job's description, without what a job.json says beside it."""
+    names = ("images", "source", "times", "classes", *asdict(PackSettings()))
+    return hashlib.sha256(json.dumps([job[name] for name in names]).encode()).hexdigest()
 
 
 def digest_samples(samples: Samples) -> str:

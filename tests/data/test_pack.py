@@ -195,6 +195,74 @@ def test_a_packing_stopped_while_it_moves_its_shards_goes_on(tmp_path: Path, mon
     assert numbers_of(load_index(tmp_path / "out")) == numbers_of(load_index(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("at", ["before val", "in val", "before train is tidied", "before val is tidied"])
+def test_a_packing_killed_between_its_two_folders_goes_on(tmp_path: Path, capfd, at: str) -> None:
+    source, out = image_folder(tmp_path / "in", count=25), tmp_path / "out"
+    pack_source(source, tmp_path / "whole", SMALL, holdout=0.2, workers=1)
+
+    def kill(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def until_killed() -> None:
+        import sslvit.data.pack as packing
+        import sslvit.data.unfinished as unfinished
+
+        pack_one, remove, save = packing.pack, unfinished.remove_packing, pack_job.save_report
+        if at == "before val":
+            packing.pack = lambda samples, folder, *a: (kill if folder.name == "val" else pack_one)(samples, folder, *a)
+        elif at == "in val":
+            pack_job.save_report = lambda folder, *a: (kill if folder.parent.name == "val" else save)(folder, *a)
+        else:
+            unfinished.remove_packing = lambda one: (kill if one.parent.name in at else remove)(one)
+        pack_source(source, out, SMALL, holdout=0.2, workers=1)
+
+    process = multiprocessing.get_context("fork").Process(target=until_killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    kept = {path: path.stat().st_mtime_ns for path in (out / "train").glob("*.tar")}
+    pack_source(source, out, SMALL, holdout=0.2, workers=1)
+    assert "train: the same images are packed there already; overwrite=True packs them again" in capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    for name in ("train", "val"):
+        assert checksums(out / name) == checksums(tmp_path / "whole" / name)
+        assert not (out / name / "packing").exists()
+
+
+def test_only_a_packing_of_the_same_images_is_taken_for_done(tmp_path: Path) -> None:
+    source = image_folder(tmp_path / "in")
+    (first,) = pack_source(source, tmp_path / "out", SMALL)
+    (again,) = pack_source(source, tmp_path / "out", SMALL)
+    assert again.fingerprint() == first.fingerprint()
+    with pytest.raises(ValueError, match="already holds shards"):
+        pack_source(source, tmp_path / "out", PackSettings(shard_mb=1))
+    (tmp_path / "out" / first.shards[0].name).unlink()
+    with pytest.raises(ValueError, match="already holds shards"):
+        pack_source(source, tmp_path / "out", SMALL)
+    pack_source(source, tmp_path / "out", SMALL, overwrite=True)
+    Image.new("RGB", (8, 6)).save(source / "cat" / "im_003.png")
+    with pytest.raises(ValueError, match="already holds shards"):
+        pack_source(source, tmp_path / "out", SMALL)
+
+
+def test_a_data_set_object_is_not_taken_for_packed_because_some_of_its_images_are(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4000, 4, 4)).astype(np.uint8)
+    pack_source([Image.fromarray(image) for image in pixels], tmp_path, workers=1)
+    with pytest.raises(ValueError, match="already holds shards"):
+        pack_source([Image.fromarray(image) for image in pixels], tmp_path, workers=1)
+
+
+def test_packing_leaves_files_alone_whose_names_resemble_its_own(tmp_path: Path) -> None:
+    (tmp_path / "out" / "packing").mkdir(parents=True)
+    others = [tmp_path / "out" / name for name in ("index.html", "packing/shopping.txt")]
+    for other in others:
+        other.write_text("mine")
+    pack_source(image_folder(tmp_path / "in"), tmp_path / "out", workers=1)
+    pack_source(tmp_path / "in", tmp_path / "out", PackSettings(encode="webp"), overwrite=True, workers=1)
+    assert [other.read_text() for other in others] == ["mine", "mine"]
+    assert sorted(path.name for path in (tmp_path / "out" / "packing").iterdir()) == ["shopping.txt"]
+
+
 def test_shards_mix_classes_and_keep_to_their_size(tmp_path: Path) -> None:
     (index,) = pack_source(image_folder(tmp_path / "in", count=50), tmp_path / "out", PackSettings(shard_mb=0.03))
     changes = (np.diff(index.labels_of(slice(None))) != 0).sum()
