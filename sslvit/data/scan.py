@@ -27,7 +27,8 @@ from sslvit.settings.pack import IndexOptions
 
 logger = logging.getLogger(__name__)
 
-LABEL_FIELDS = ("cls", "txt", "json", "label", "class", "cls.txt")  # usual fields for labels
+USUAL = ("cls", "txt")  # fields whose texts are taken as labels unless another is requested
+LABEL_FIELDS = (*USUAL, "json", "label", "class", "cls.txt")  # usual fields for labels
 
 
 @dataclass
@@ -39,7 +40,8 @@ class ShardReport:
         records: Records of the samples.
         measured: Properties of the images.
         skipped: Name of each skipped image -> reason.
-        labels: Label of each sample as text; empty if the records already hold class numbers.
+        labels: Label of each sample as text, by field, for fields that any sample has; empty if the records already
+            hold class numbers.
         fields: Number of members other than images, by field.
     """
 
@@ -47,7 +49,7 @@ class ShardReport:
     records: np.ndarray
     measured: Measured = field(default_factory=Measured)
     skipped: dict[str, str] = field(default_factory=dict)
-    labels: list[str] = field(default_factory=list)
+    labels: dict[str, list[str]] = field(default_factory=dict)
     fields: Counter = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, Any]:
@@ -193,23 +195,26 @@ def number_reports(location: str, reports: list[ShardReport], requested: str | N
     """Write class numbers into the records; returns the class names, or None without labels. Logs unused labels."""
     samples = sum(report.shard.samples for report in reports)
     fields = sum((report.fields for report in reports), Counter())
-    texts = [text for report in reports for text in report.labels or [""] * report.shard.samples]
-    field_name = requested or "cls"
+    # one field for all shards, since .cls and .txt may name different things
+    field_name = requested or next((name for name in USUAL if any(name in report.labels for report in reports)), "cls")
+    texts = [text for report in reports for text in report.labels.get(field_name, [""] * report.shard.samples)]
     if missing := texts.count(""):
-        if requested and missing:
+        if requested:
             raise ValueError(f"--labels {requested}: {missing} of {samples} images of {location} have none.")
-        if missing < samples:
+        others = [name for name in fields if name in LABEL_FIELDS]
+        if missing < samples and field_name != "txt":  # some without .txt mean that these are captions
+            other = next((name for name in others if name != field_name), "")
             logger.info(
                 f"{location}: {missing} of {samples} images have no label (.{field_name}), so the others' are not used "
-                "either"
+                f"either{f'; to use the .{other} members: --labels {other}' if other else ''}"
             )
-        elif others := [name for name in fields if name in LABEL_FIELDS]:
+        elif others:
             logger.info(
                 f"{location}: the .{others[0]} members are not used as labels; to use them: --labels {others[0]}"
             )
         return None
     try:
-        if requested is None and fields["txt"] and not fields["cls"] and len(set(texts)) > samples / 2:
+        if requested is None and field_name == "txt" and len(set(texts)) > samples / 2:
             raise NotClasses(f"{len(set(texts))} different texts (.txt) for {samples} images are no classes")
         classes, numbers = number_labels(texts)
     except NotClasses as error:
@@ -224,7 +229,7 @@ def number_reports(location: str, reports: list[ShardReport], requested: str | N
         )
     number_of = dict(zip(texts, numbers, strict=True))
     for report in reports:
-        report.records["label"] = [number_of[text] for text in report.labels]
+        report.records["label"] = [number_of[text] for text in report.labels.get(field_name, [])]
     return classes
 
 
@@ -245,14 +250,13 @@ def scan_shard(path: Path, shards: int = 1, options: IndexOptions | None = None)
         else:
             members.read(path.name)
     images, skipped = choose_images(members, path.name, options.image)
-    labels = members.labels(images, options.labels)
+    labels = {name: members.labels(images, name) for name in ([options.labels] if options.labels else USUAL)}
     records = np.array([(image.offset, image.size, NO_LABEL) for image in images], RECORD)
     measured, unreadable = measure_shard(path, records, shards, options.orientation != "stored")
     for row, reason in unreadable.items():
         skipped[f"{path.name}/{images[row].name}"] = reason
     kept = [row for row in range(len(records)) if row not in unreadable]
-    records, labels = records[kept], [labels[row] for row in kept]
+    records, labels = records[kept], {name: [texts[row] for row in kept] for name, texts in labels.items()}
     shard = Shard(path.name, len(records), length, sha256_of(path))
-    return ShardReport(
-        shard, records, measured, members.skipped | skipped, labels if any(labels) else [], members.fields
-    )
+    labels = {name: texts for name, texts in labels.items() if any(texts)}
+    return ShardReport(shard, records, measured, members.skipped | skipped, labels, members.fields)

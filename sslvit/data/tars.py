@@ -134,13 +134,9 @@ class TarMembers:
             self.texts[key, field_name] = text
         return ""
 
-    def labels(self, images: list[TarImage], requested: str | None) -> list[str]:
-        """The label of each image as text; empty for none."""
-        for name in [requested] if requested else ["cls", "txt"]:
-            found = [self.texts.get((image.stem, name), self.texts.get((image.key, name), "")) for image in images]
-            if all(found) or (any(found) and name != "txt"):  # if some .txt are missing, they are captions
-                return found
-        return [""] * len(images)
+    def labels(self, images: list[TarImage], name: str) -> list[str]:
+        """The label of each image in the field of this name, as text; empty for none."""
+        return [self.texts.get((image.stem, name), self.texts.get((image.key, name), "")) for image in images]
 
 
 def choose_images(members: TarMembers, tar: str, field: str | None) -> tuple[list[TarImage], dict[str, str]]:

@@ -108,6 +108,30 @@ def test_a_shard_without_labels_among_others_leaves_all_without_and_it_is_said(t
         index_shards(tmp_path, options=IndexOptions(labels="cls"))
 
 
+def test_labels_of_all_shards_come_from_one_field(tmp_path: Path, capsys) -> None:
+    write_tar(tmp_path / "a.tar", {f"{i}.png": png(i) for i in (0, 1)} | {f"{i}.cls": str(i).encode() for i in (0, 1)})
+    captions = {f"{i}.txt": b"dog" for i in (2, 3, 4)}
+    write_tar(tmp_path / "b.tar", {f"{i}.png": png(i) for i in (2, 3, 4)} | captions)
+    assert index_shards(tmp_path, workers=1).classes is None
+    printed = capsys.readouterr().out
+    assert "3 of 5 images have no label (.cls), so the others' are not used either" in printed
+    assert 'to use the .txt members: labels="txt"' in printed
+    with pytest.raises(ValueError, match="--labels txt: 2 of 5 images of .* have none"):
+        index_shards(tmp_path, workers=1, options=IndexOptions(labels="txt"))
+    write_tar(tmp_path / "a.tar", {"0.png": png(0), "1.png": png(1), "0.txt": b"cat", "1.txt": b"cat", "0.cls": b"7"})
+    index = index_shards(tmp_path, workers=1, options=IndexOptions(labels="txt"))
+    assert (index.classes, index.labels_of(slice(None)).tolist()) == (["cat", "dog"], [0, 0, 1, 1, 1])
+
+
+def test_captions_that_some_shards_lack_are_not_classes(tmp_path: Path, capsys) -> None:
+    write_tar(tmp_path / "a.tar", {f"{i}.png": png(i) for i in (0, 1)} | {f"{i}.txt": b"dog" for i in (0, 1)})
+    write_tar(tmp_path / "b.tar", {f"{i}.png": png(i) for i in (2, 3)} | {"2.txt": b"dog"})
+    assert index_shards(tmp_path, workers=1).classes is None
+    assert 'the .txt members are not used as labels; to use them: labels="txt"' in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--labels txt: 1 of 4 images of .* have none"):
+        index_shards(tmp_path, workers=1, options=IndexOptions(labels="txt"))
+
+
 def test_labels_of_minus_one_in_shards_of_others_are_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_tar(tmp_path / "a.tar", {"a.png": png(1), "a.cls": b"-1", "b.png": png(2), "b.cls": b"-1"})
     assert index_shards(tmp_path).classes is None
