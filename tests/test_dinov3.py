@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,20 @@ def test_a_folder_of_transformers_gives_its_features_at_any_size(changes: dict, 
     assert_same(encoder, lambda images: again(images).last_hidden_state)
 
 
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_any_of_the_biases_can_be_left_out(is_gated: bool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    kind = {"use_gated_mlp": is_gated, "hidden_act": "silu" if is_gated else "gelu", "num_hidden_layers": 1}
+    for number, values in enumerate(itertools.product((False, True), repeat=len(dinov3.BIASES))):
+        stated = dict(zip(dinov3.BIASES, values, strict=True))
+        model = of_transformers(tmp_path / str(number), **kind, **stated)
+        encoder = load_encoder(tmp_path / str(number))
+        assert_same(encoder, lambda images, model=model: model(images).last_hidden_state, [(16, 16)])
+        assert encoder.settings.bias is any(values)
+    assert "biases: mlp_bias: false in config.json; they are zero, as other layers have theirs" in (
+        capsys.readouterr().out
+    )
+
+
 def test_weights_of_transformers_alone_are_dinov3s(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Under the names of its files, and under those that it has in memory."""
     model = of_transformers(tmp_path / "there", use_gated_mlp=True, hidden_act="silu")
@@ -148,13 +163,14 @@ def test_a_processor_of_dinov3_is_read(tmp_path: Path) -> None:
         ({"hidden_act": "silu"}, "hidden_act silu with use_gated_mlp False: this encoder has gelu"),
         ({"use_gated_mlp": True}, "hidden_act gelu with use_gated_mlp True"),
         ({"rope_theta": 10.0}, "rope_theta 10.0: this encoder's is 100"),
-        ({"key_bias": True}, "states key_bias: True, but its weights have no such biases"),
-        ({"query_bias": False}, "states query_bias: false, but its weights have such biases"),
+        ({"key_bias": True}, "states key_bias: True, but its weights have no layer.0.attention.k_proj.bias"),
+        ({"query_bias": False}, "states query_bias: False, but its weights have layer.0.attention.q_proj.bias"),
+        ({"value_bias": None}, "states value_bias: None, but its weights have layer.0.attention.v_proj.bias"),
         ({"num_register_tokens": 3}, "other shape: reg_token"),
         ({"num_hidden_layers": 3}, "missing: blocks.2"),
         ({"intermediate_size": 60}, "other shape"),
         ({"num_attention_heads": 16}, "rotary_2d_normalized positions need width / heads in multiples of 4"),
-        ({"mlp_bias": False, "proj_bias": False}, "unknown: "),
+        ({"mlp_bias": False}, "states mlp_bias: False, but its weights have layer.0.mlp.down_proj.bias"),
     ],
 )
 def test_a_folder_whose_config_says_something_else_is_refused(stated: dict, said: str, tmp_path: Path) -> None:
@@ -171,7 +187,7 @@ def test_biases_of_keys_that_transformers_would_not_read_are_refused(tmp_path: P
     of_transformers(tmp_path, key_bias=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"key_bias": False}))
-    with pytest.raises(ValueError, match="states key_bias: False, but its weights have such biases"):
+    with pytest.raises(ValueError, match="states key_bias: False, but its weights have layer.0"):
         load_encoder(tmp_path)
 
 
@@ -336,7 +352,7 @@ def test_a_file_that_lacks_any_tensor_is_refused(kind: str, tmp_path: Path) -> N
     for lost in weights:
         if not lost.endswith(optional):
             save_file({key: value for key, value in weights.items() if key != lost}, file)
-            with pytest.raises(ValueError, match="missing|no known layout|another architecture") as found:
+            with pytest.raises(ValueError, match="missing|no known layout|another architecture|have no") as found:
                 load_encoder(tmp_path if kind == "folder" else file, heads=None if kind == "folder" else 2)
             assert "\n" not in str(found.value), lost
 

@@ -53,6 +53,11 @@ QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 RELEASED_GATED, TIMM_GATED, TRANSFORMERS_GATED = (
     ("mlp.w1", "mlp.w2"), ("mlp.fc1_g", "mlp.fc1_x"), ("mlp.gate_proj", "mlp.up_proj")
 )  # fmt: skip
+# keys of transformers' config.json -> modules whose biases they state
+BIASES = {
+    "query_bias": QKV[:1], "key_bias": QKV[1:2], "value_bias": QKV[2:], "proj_bias": ("attention.o_proj",),
+    "mlp_bias": (*TRANSFORMERS_GATED, "mlp.down_proj"),
+}  # fmt: skip
 WIDTH_7B, HEADS_7B = 4096, 32  # the only model with 128 channels per head
 TIMM_BIAS = ("attn.q_bias", "attn.k_bias", "attn.v_bias")
 

@@ -123,17 +123,19 @@ def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, chang
         settings = settings_from_shapes(encoder, config["num_attention_heads"], notes, **known | changes)
         return Converted(settings, encoder, extras, notes, ignored, len(state))
     is_dinov3 = config["model_type"] == "dinov3_vit"
-    stated = _dinov3_settings(config, state, path) if is_dinov3 else _vit_settings(config, path)
+    stated = _dinov3_settings(config, path) if is_dinov3 else _vit_settings(config, path)
+    num_read = len(state)
+    if is_dinov3:
+        state = _with_dinov3_biases(state, config, path, notes)
     known = prepared | stated | VIT_KINDS.get(config["model_type"], {})
     encoder, extras = (dinov3.rename(state, notes)[0], {}) if is_dinov3 else rename(state)
-    bias = "query_bias" if is_dinov3 else "qkv_bias"
-    if config.get(bias, True) is False and not fill_biases(encoder):
-        raise ValueError(f"{path}: states {bias}: false, but its weights have such biases.")
+    if not is_dinov3 and config.get("qkv_bias", True) is False and not fill_biases(encoder):
+        raise ValueError(f"{path}: states qkv_bias: false, but its weights have such biases.")
     ignored = remove_mask_token(encoder) if config["model_type"] in VIT_KINDS else []
     if known["class_token"] and not is_dinov3:
         require(encoder, "norm.weight", *(["reg_token"] if known.get("registers") else []))
     settings = settings_from_shapes(encoder, config["num_attention_heads"], notes, **known | changes)
-    return Converted(settings, encoder, extras, notes, ignored, len(state))
+    return Converted(settings, encoder, extras, notes, ignored, num_read)
 
 
 def shape_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def _vit_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _dinov3_settings(config: dict[str, Any], state: dict[str, Tensor], path: Path) -> dict[str, Any]:
+def _dinov3_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """Settings of a DINOv3ViT from its config.json."""
     is_gated = config.get("use_gated_mlp", False)
     activation, base = config.get("hidden_act", "gelu"), config.get("rope_theta", dinov3.BASE)
@@ -176,19 +178,40 @@ def _dinov3_settings(config: dict[str, Any], state: dict[str, Tensor], path: Pat
         )
     if base != dinov3.BASE:
         raise ValueError(f"{path}: rope_theta {brief(base)}: this encoder's is {dinov3.BASE:g}, so it cannot be held.")
-    key_bias = config.get("key_bias", False)
-    if key_bias is not any(key.endswith("k_proj.bias") for key in state):
-        have = "have no" if key_bias else "have"
-        raise ValueError(f"{path}: states key_bias: {brief(key_bias)}, but its weights {have} such biases.")
-    found = shape_of(config)
+    found, biases = shape_of(config), _dinov3_biases(config)
     if is_gated and "mlp_ratio" in found:
         found["mlp_ratio"] *= 1.5
     return found | ALWAYS | dinov3.ALWAYS | {
         "norm_eps": config.get("layer_norm_eps", dinov3.NORM_EPS),
         "image_size": config.get("image_size", dinov3.IMAGE_SIZE),
-        "mlp": "swiglu" if is_gated else "gelu", "layer_scale": 1.0, "key_bias": key_bias,
-        "registers": config.get("num_register_tokens", 0), "bias": config.get("proj_bias", True), "mask_token": True,
+        "mlp": "swiglu" if is_gated else "gelu", "layer_scale": 1.0, "registers": config.get("num_register_tokens", 0),
+        "bias": any(biases.values()), "key_bias": biases["key_bias"], "mask_token": True,
     }  # fmt: skip
+
+
+def _dinov3_biases(config: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a DINOv3ViT's biases -> whether it has them."""
+    return {key: config.get(key, key != "key_bias") for key in dinov3.BIASES}
+
+
+def _with_dinov3_biases(
+    state: dict[str, Tensor], config: dict[str, Any], path: Path, notes: list[str]
+) -> dict[str, Tensor]:
+    """Check the biases against config.json, and add zeros for those left out unless all are: here are all or none."""
+    stated, zeros = _dinov3_biases(config), dict[str, Tensor]()
+    for key, has_biases in stated.items():
+        weights = tuple(f"{module}.weight" for module in dinov3.BIASES[key])
+        biases = {f"{name.removesuffix('weight')}bias": state[name] for name in state if name.endswith(weights)}
+        if wrong := [name for name in biases if (name in state) is not has_biases]:
+            have = "have no" if has_biases else "have"
+            raise ValueError(f"{path}: states {key}: {brief(has_biases)}, but its weights {have} {wrong[0]}.")
+        if not has_biases:
+            zeros |= {name: weight.new_zeros(len(weight)) for name, weight in biases.items()}
+    if not any(stated.values()):
+        return state
+    if absent := [key for key in stated if not stated[key] and key != "key_bias"]:
+        notes.append(f"biases: {', '.join(absent)}: false in config.json; they are zero, as other layers have theirs.")
+    return state | zeros
 
 
 def _imagegpt_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
