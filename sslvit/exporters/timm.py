@@ -70,7 +70,9 @@ def model_arguments(exported: Exported) -> dict[str, Any]:
         "img_size": list(settings.size), "patch_size": settings.patch, "in_chans": settings.channels,
         "embed_dim": settings.width, "depth": settings.depth, "num_heads": settings.heads,
         "mlp_ratio": exact_ratio(settings.width, settings.mlp_width), "qk_norm": settings.qk_norm,
-        "init_values": settings.layer_scale, "class_token": settings.class_token, "dynamic_img_size": True,
+        # 0 would mean no LayerScale there; the values come from the file
+        "init_values": 1.0 if settings.layer_scale == 0 else settings.layer_scale,
+        "class_token": settings.class_token, "dynamic_img_size": True,
         "global_pool": {"class": "token", "mean": "avg"}[settings.pooling] if is_pooled else "",
         "num_classes": 0 if exported.head is None else exported.head.out_features, **of_class,
     }  # fmt: skip

@@ -76,11 +76,12 @@ def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dic
     """Arguments of transformers' config for these settings; refuses all options that its model does not support."""
     kind = model_type(settings, outputs)
     if kind == "imagegpt":
-        return _imagegpt_arguments(settings)
+        return _imagegpt_arguments(settings, outputs)
     return transformers_kinds.arguments(kind, settings, outputs)
 
 
-def _imagegpt_arguments(settings: EncoderSettings) -> dict[str, Any]:
+def _imagegpt_arguments(settings: EncoderSettings, outputs: str) -> dict[str, Any]:
+    is_pooled, (height, width) = outputs != "tokens", settings.size
     plain_vit.refuse_options("transformers' imagegpt", {
         "causal: false": not settings.causal,
         f"channels: {settings.channels}": settings.channels != 3,
@@ -90,8 +91,12 @@ def _imagegpt_arguments(settings: EncoderSettings) -> dict[str, Any]:
         "locality_self_attention: true": settings.locality_self_attention,
         "qk_norm: true": settings.qk_norm,
         f"layer_scale: {settings.layer_scale}": settings.layer_scale is not None,
+        "pre_norm: true": settings.pre_norm,
         "final_norm: false": not settings.final_norm,
+        "fc_norm: true": settings.fc_norm and is_pooled,
+        "pooling: attention": settings.pooling == "attention" and is_pooled,
         "mask_token: true": settings.mask_token,
+        f"image_size: {settings.image_size}, which is no square": height != width,
     })  # fmt: skip
     return {
         "vocab_size": (512 if settings.palette == UNIFORM else len(settings.palette)) + 1,
@@ -241,7 +246,8 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
     converted = transformers_folder.to_sslvit(open_model(folder, exported).state_dict(), folder)
     found, others = converted.encoder, converted.extras
     if kind == "imagegpt":
-        expected = {key: value for key, value in exported.encoder.state_dict().items() if key != "patch_embed.palette"}
+        unused = ("patch_embed.palette", "fc_norm.", "attn_pool.")  # of pooling, which tokens do not go through
+        expected = {key: value for key, value in exported.encoder.state_dict().items() if not key.startswith(unused)}
         neutral = {key: torch.zeros_like(value) for key, value in found.items() if key.endswith(".bias")}
         return neutral | expected, found
     expected = plain_vit.state_with_table(exported.encoder, transformers_kinds.position_rows(kind), outputs)

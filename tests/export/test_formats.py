@@ -69,6 +69,7 @@ SIGLIP = {"class_token": False, "pooling": "attention", "pool_mlp": True, "mlp":
         {"mask_token": True, "mlp_ratio": 2.0},
         {"width": 22, "mlp_ratio": 15 / 11},  # its product with the width is 29.999... in floats
         {"final_norm": False},
+        {"layer_scale": 0.0},  # where timm would leave it out
     ],
 )
 def test_timm_gives_the_features_of_the_checkpoint(tmp_path: Path, options: dict) -> None:
@@ -163,6 +164,13 @@ def test_transformers_gives_the_features_of_the_checkpoint(tmp_path: Path, optio
     assert again.settings.mean == encoder.settings.mean or model == "ImageGPTModel"  # palettes are in [-1, 1]
 
 
+@pytest.mark.parametrize("pooling", [{"fc_norm": True}, {"pooling": "attention"}], ids=str)
+def test_tokens_need_nothing_of_the_pooling(tmp_path: Path, pooling: dict) -> None:
+    for name, options in (("vit", {}), ("imagegpt", IGPT)):
+        saved(tmp_path / name, **options | pooling)
+        assert export_encoder(tmp_path / name, tmp_path / f"{name}_tokens", "transformers", "tokens")["passed"]
+
+
 def test_a_processor_of_imagegpt_gives_the_colors_that_the_encoder_sees(tmp_path: Path) -> None:
     encoder = saved(tmp_path / "e", **IGPT)
     export_encoder(tmp_path / "e", tmp_path / "out", "transformers")
@@ -204,6 +212,10 @@ def test_transformers_classifies(tmp_path: Path, options: dict) -> None:
         ({"layer_scale": 0.1, "mlp_ratio": 2.5}, "mlp_ratio: 2.5, which is no whole number"),
         (IGPT | {"causal": False}, "causal: false"),
         (IGPT | {"channels": 1}, "channels: 1"),
+        (IGPT | {"fc_norm": True}, "imagegpt cannot hold this encoder .fc_norm: true"),
+        (IGPT | {"pooling": "attention"}, "imagegpt cannot hold this encoder .pooling: attention"),
+        (IGPT | {"pre_norm": True}, "imagegpt cannot hold this encoder .pre_norm: true"),
+        (IGPT | {"image_size": [4, 8]}, r"imagegpt cannot hold this encoder .image_size: \[4, 8\], which is no square"),
     ],
 )
 def test_what_transformers_cannot_hold_is_refused_with_the_reason(tmp_path: Path, options: dict, reason: str) -> None:
