@@ -133,7 +133,7 @@ def _pixels(
     else:
         image = open_image(content)
         if reduction > 1 and image.mode == "RGB":
-            image.draft("RGB", (image.width // reduction, image.height // reduction))
+            image.draft("RGB", (max(image.width // reduction, 1), max(image.height // reduction, 1)))
     if header.bits == 16:
         wide = as_uint16(np.asarray(image))
         pixels = wide / np.float32(257) if bits == 16 else (wide >> 8).astype(np.uint8)

@@ -34,7 +34,7 @@ def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
         pixels = pixels.swapaxes(0, 1)
     rows = -1 if orientation in (3, 4, 7, 8) else 1
     columns = -1 if orientation in (2, 3, 6, 7) else 1
-    return np.ascontiguousarray(pixels[::rows, ::columns])
+    return pixels[::rows, ::columns].copy()  # also of a single row, whose negative stride torch rejects
 
 
 def exif_orientation(content: bytes) -> int:

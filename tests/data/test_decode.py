@@ -129,6 +129,25 @@ def test_reduced_decoding_shows_the_same_picture(has_fast: bool, monkeypatch: py
     assert decode(encoded(picture, "PNG"), reduction=4).shape == (3, 400, 304)
 
 
+@pytest.mark.parametrize("sides", [(1, 1), (1, 9), (9, 1)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_of_one_row_or_column_are_turned_too(sides: tuple[int, int], orientation: int) -> None:
+    content = turned(Image.new("RGB", sides, (9, 9, 9)), "PNG", orientation)
+    assert decode(content).shape[1:] == (sides if orientation >= 5 else sides[::-1])
+
+
+@pytest.mark.parametrize("has_fast", [True, False])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_narrow_photographs_are_decoded_at_any_reduction(
+    has_fast: bool, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_fast:
+        monkeypatch.setattr(module, "simplejpeg", None)
+        monkeypatch.setattr(header_module, "simplejpeg", None)
+    for reduction in (2, 4, 8):
+        assert decode(encoded(photograph(300, 3), "JPEG"), channels, reduction=reduction).shape[0] == channels
+
+
 def test_the_reduction_leaves_every_view_its_pixels() -> None:
     header = Header(401, 303, "RGB", 3, is_jpeg=True)
     assert [reduction_for(zoom, header) for zoom in (0.3, 1.0, 1.99, 2.0, 3.9, 4.0, 7.9, 8.0, 50.0)] == [
