@@ -80,13 +80,14 @@ class IndexShardsOptions(Reported, Parallel, IndexOptions, ShardsArg):
 
 def run_index(options: IndexShardsOptions) -> None:
     """Index shards, or join the parts of a packing, and print their content."""
+    from sslvit.data.index import is_unfinished
     from sslvit.data.inspect import Packing
     from sslvit.data.scan import index_shards
     from sslvit.data.unfinished import finish_packing
 
     folder = Path(options.shards)
     if options.merge:
-        splits = [folder / name for name in ("train", "val") if (folder / name / "packing").is_dir()]
+        splits = [folder / name for name in ("train", "val") if is_unfinished(folder / name)]
         made = Packing([finish_packing(split, options.overwrite) for split in splits or [folder]])
     else:
         made = Packing([index_shards(folder, options.workers, only(IndexOptions, options))])

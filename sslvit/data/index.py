@@ -234,10 +234,15 @@ def load_index(folder: str | Path) -> ShardIndex:
         hint = f"Run: sslvit shards index {folder}" if any(folder.glob("*.tar")) else "Run: sslvit shards pack SRC DST"
         if sets := sets_below(folder):
             hint = f"Shards lie below it: {', '.join(map(printable, sets[:3]))}{', ...' if len(sets) > 3 else ''}."
-        if (folder / "packing").is_dir():
+        if is_unfinished(folder):
             hint = "Packing was not finished there: run the same sslvit shards pack again, or shards index --merge."
         raise FileNotFoundError(f"{folder}: no index.json there. {hint}")
     return read_index(file.read_bytes(), folder / "index.npy", str(folder))
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder holds a packing that is not finished; a class of images may have the name `packing`, too."""
+    return (folder / "packing" / "job.json").exists()
 
 
 def sets_below(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import numpy as np
 from filelock import FileLock
 
 from sslvit.data.header import MODES
-from sslvit.data.index import ShardIndex, load_index, unlisted_warning
+from sslvit.data.index import ShardIndex, is_unfinished, load_index, unlisted_warning
 from sslvit.data.mixture import Index, JoinedIndex, MixturePlan, Plan, split_by_weight
 from sslvit.data.open_folder import Check, channels_of, open_image_folder
 from sslvit.data.open_names import PATTERN_CHARACTERS, expand, index_named, open_address, open_pattern
@@ -142,7 +142,7 @@ def open_shards(source: str | Path, cache: ShardCache | None = None, check: Chec
         if is_url(name):
             return open_address(name, cache)
         raise FileNotFoundError(f"{printable(path)} is not a folder. {USAGE}")
-    if any(path.glob("*.tar")) and not (path / "packing").is_dir():
+    if any(path.glob("*.tar")) and not is_unfinished(path):
         if not os.access(path, os.W_OK):  # read-only folder: its index is kept in the cache
             return index_named(name, [str(tar) for tar in sorted(path.glob("*.tar"))], cache)
         with FileLock(path / ".index.lock"):  # all ranks of a run get here at the same time
@@ -150,7 +150,7 @@ def open_shards(source: str | Path, cache: ShardCache | None = None, check: Chec
                 logger.info(f"{printable(path)}: shards without an index; indexing them once.")
                 return index_shards(path)
         return load_index(path)
-    if (path / "packing").is_dir():
+    if is_unfinished(path):
         return load_index(path)  # raises an error with the remedy
     return open_image_folder(path, cache, check)
 
@@ -159,7 +159,7 @@ def is_image_folder(source: str | Path) -> bool:
     """Whether a source is a folder of images to pack, not one of shards or of an index."""
     path = Path(expand_path(source))
     is_indexed = (path / "index.json").exists() or (path / "train" / "index.json").exists()
-    return path.is_dir() and not is_indexed and not (path / "packing").is_dir() and not any(path.glob("*.tar"))
+    return path.is_dir() and not is_indexed and not is_unfinished(path) and not any(path.glob("*.tar"))
 
 
 def check_channels(encoder: int, images: int, location: str) -> None:

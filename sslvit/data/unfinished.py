@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sslvit.data.index import ShardIndex, load_index
+from sslvit.data.index import ShardIndex, is_unfinished, load_index
 from sslvit.data.records import load_records, save_records
 from sslvit.data.scan import ShardReport, join_reports
 from sslvit.data.schema import checked_job, checked_report, parse_json
@@ -31,7 +31,7 @@ def finish_packing(destination: str | Path, overwrite: bool = False) -> ShardInd
     """
     destination = Path(destination)
     folder = destination / "packing"
-    if not (folder / "job.json").exists():
+    if not is_unfinished(destination):
         raise ValueError(
             f"{destination}: no packing to finish there (sslvit shards pack SRC {destination} --part 1/8)."
         )
@@ -84,7 +84,7 @@ def _finish(destination: Path, folder: Path, job: dict[str, Any]) -> ShardIndex:
 
 def check_destination(folder: Path, overwrite: bool) -> None:
     """Raise ValueError if the folder holds shards and `overwrite` is not set."""
-    is_finishing = (folder / "packing" / "job.json").exists() and not (folder / "index.json").exists()
+    is_finishing = is_unfinished(folder) and not (folder / "index.json").exists()
     if not overwrite and not is_finishing and (any(folder.glob("*.tar")) or (folder / "index.json").exists()):
         raise ValueError(f"{folder}: already holds shards. Choose another folder, or pass --overwrite.")
 
@@ -96,7 +96,7 @@ def packed_earlier(
     if not (folder / "index.json").exists():
         return None
     index = _joined_earlier(folder, describe_job(samples, classes, settings))
-    return finish_packing(folder) if index is not None and (folder / "packing" / "job.json").exists() else index
+    return finish_packing(folder) if index is not None and is_unfinished(folder) else index
 
 
 def _joined_earlier(folder: Path, job: dict[str, Any]) -> ShardIndex | None:

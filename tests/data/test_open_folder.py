@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from shard_fixtures import encoded, image_folder, numbered_shards, numbers_of
 
-from sslvit.data.open import open_shards
+from sslvit.data.open import is_image_folder, open_shards
 from sslvit.data.remote import ShardCache
 
 
@@ -88,6 +88,13 @@ def test_an_image_folder_is_packed_once_into_the_cache(tmp_path: Path, capsys: p
     assert open_shards(one, cache).location != before.location
     with pytest.raises(FileNotFoundError, match="no data given"):
         open_shards("", cache)
+
+
+def test_a_class_may_be_called_packing(tmp_path: Path) -> None:
+    source, cache = image_folder(tmp_path / "in"), ShardCache(tmp_path / "cache")
+    (source / "cat").rename(source / "packing")
+    assert is_image_folder(source)
+    assert open_shards(source, cache).classes == ["dog", "packing"]
 
 
 @pytest.mark.parametrize("name", ["set {a,b}", "x.tar", "a[1]*"])
