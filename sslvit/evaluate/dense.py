@@ -37,9 +37,8 @@ from sslvit.stopping import obey_parent_alone
 logger = logging.getLogger(__name__)
 
 HELD_OUT_EVERY = 5  # one in this many training images is held out to select the penalty
-MAX_FITTED = (
-    2**28
-)  # numbers in features and targets that a map is fitted on, which takes some 42 bytes each, 11 GB in all
+# numbers in features and targets that a map is fitted on; each takes some 42 bytes, which makes 11 GB
+MAX_FITTED = 2**28
 
 
 @dataclass
