@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -25,11 +25,14 @@ from sslvit.data.batch import Batch
 from sslvit.environment import keep_freed_memory
 from sslvit.files import counted
 from sslvit.models import Backbone, Encoder, ViTEncoder
+from sslvit.models.backbone import make_encoder
 from sslvit.optim import StepGuard, cosine, layer_decay_groups, warmup_cosine, warmup_stable_decay
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, OptimSettings, TaskSettings
 from sslvit.tasks.start import adaptable, begin_with
 from sslvit.tasks.symptoms import Symptom
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -184,12 +187,20 @@ class Task(pl.LightningModule):
 
         All ranks must call this. Making the copy advances torch's random number generator.
         """
-        weights = self.state_dict()
+        return self._gather(self, lambda: type(self)(self.settings, self.encoder.settings, self.optim, self.run))
+
+    def gather_trained_encoder(self) -> Encoder:
+        """The same for the encoder to score, without the task's other networks."""
+        encoder = self.trained_encoder
+        return self._gather(encoder, lambda: make_encoder(encoder.settings))
+
+    def _gather(self, module: M, make: Callable[[], M]) -> M:
+        weights = module.state_dict()
         if not any(isinstance(value, DTensor) for value in weights.values()):
-            return self
-        copy = type(self)(self.settings, self.encoder.settings, self.optim, self.run).to(self.dtype)
+            return module
+        copy = make().to(self.dtype)
         copy.load_state_dict({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in weights.items()})
-        return copy.to(self.device).train(self.training)
+        return copy.to(self.device).train(module.training)
 
     def start_from(self, start: Encoder, source: str) -> None:
         """Start from a trained encoder's weights; differences are adapted and logged (start.py).

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from run_fixtures import metrics, run, weights
+from run_fixtures import RECIPES, metrics, run, weights
+from torch.distributed.tensor import DTensor
 
 from sslvit.checkpoint import load_encoder
 from sslvit.data.array_images import array_samples
@@ -19,8 +21,11 @@ from sslvit.data.plan import evenly_spaced
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.sources import Features
 from sslvit.models import ViTEncoder
+from sslvit.run_plan import RunPlan
 from sslvit.settings import load
-from sslvit.train.callbacks.scoring import ScoringCallback, scored_copy
+from sslvit.tasks import task_class
+from sslvit.train.callbacks.scoring import OnlineProbe, ScoringCallback, scoring
+from sslvit.train.strategies import shard
 
 
 @pytest.fixture
@@ -93,6 +98,31 @@ def labeled_features(encoder: ViTEncoder, folder: Path, numbers: np.ndarray) -> 
         return encoder.features(images).numpy(), np.array(labels)
 
 
+@pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits"])
+def test_a_score_of_sharded_weights_copies_the_scored_encoder_alone(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    online = {"online.train": str(shards / "train"), "online.val": str(shards / "val"), "online.images": 20}
+    settings = load.load_recipe(recipe, RECIPES[recipe] | online)
+    probe, plan = OnlineProbe(settings, 9), RunPlan(9, 9, 8)
+    kind = task_class(settings.task.name)
+    task = kind(settings.task.fitted(9, 8, 9), settings.encoder, settings.optim, plan)
+    trainer = SimpleNamespace(num_devices=1)
+    with scoring(task):
+        whole = probe.scores(trainer, task)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        shard(task, "cpu")
+        gathered: list[torch.Tensor] = []
+        full = DTensor.full_tensor
+        monkeypatch.setattr(DTensor, "full_tensor", lambda value: gathered.append(value) or full(value))
+        with scoring(task):
+            assert probe.scores(trainer, task) == whole
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(gathered) == len(list(task.trained_encoder.parameters()))
+
+
 def test_loader_processes_of_scores_are_those_of_one_rank(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several ranks on a machine each has its part of the cores, whichever launcher started them."""
     asked: list[tuple] = []
@@ -103,13 +133,9 @@ def test_loader_processes_of_scores_are_those_of_one_rank(shards: Path, monkeypa
 
 
 def test_a_look_gives_back_the_mode_of_every_part() -> None:
-    class Task(torch.nn.Sequential):
-        def gather_full_copy(self):
-            return self
-
-    module = Task(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
     module[1].eval()
-    with scored_copy(module):
+    with scoring(module):
         assert not any(part.training for part in module.modules())
         assert not torch.is_grad_enabled()
     assert [part.training for part in module.modules()] == [True, True, False]

@@ -45,11 +45,11 @@ IMAGES_AT_ONCE = 256
 
 
 @contextmanager
-def scored_copy(module: Task) -> Iterator[Task]:
-    """The task with all weights, in evaluation mode and full float32; restores modes and torch's random state."""
+def scoring(module: Task) -> Iterator[None]:
+    """Evaluation mode without gradients, in full float32; restores modes and torch's random state."""
     # a loader draws a seed for its workers from torch's random state when it starts
     with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]), full_float32():
-        yield module.gather_full_copy()
+        yield
 
 
 def score_interval(settings: RunSettings) -> int | None:
@@ -83,9 +83,9 @@ class ScoringCallback(StepCallback):
         """Compute and record scores when they are due."""
         if self.step % self.every and self.step != self.total_steps:
             return
-        with scored_copy(module) as full:
+        with scoring(module):
             try:
-                found = self.scores(trainer, full)
+                found = self.scores(trainer, module)
             except NoScore as error:  # raised on all ranks
                 found = {}
                 if is_first_rank():
@@ -116,7 +116,7 @@ class OnlineProbe(ScoringCallback):
 
     def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
         """Scores of kNN and of a linear head, and measures that need no labels, all on the module's device."""
-        source = frozen(module.trained_encoder, self.online.precision)
+        source = frozen(module.gather_trained_encoder(), self.online.precision)
         readouts = source.readouts(None, 1, None)
         workers = pick_workers(self.workers, source.device.type, trainer.num_devices)
         extractor = FeatureExtractor(min(IMAGES_AT_ONCE, self.online.images), workers)
@@ -153,6 +153,7 @@ class Validation(ScoringCallback):
 
     def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
         """The accuracy; after the last step it is also written to scores.json."""
+        module = module.gather_full_copy()
         found = accuracy(
             lambda images: module.model(images.to(module.dtype)), self.data, self.settings.encoder, module.device,
             IMAGES_AT_ONCE, pick_workers(self.settings.data.workers, module.device.type, trainer.num_devices),
@@ -173,8 +174,8 @@ class Validation(ScoringCallback):
         self.step, self.has_ended = trainer.global_step, True
         module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
         try:
-            with scored_copy(module) as full:
-                self.scores(trainer, full)
+            with scoring(module):
+                self.scores(trainer, module)
         except NoScore as error:  # on all ranks alike
             if self.step == self.total_steps:
                 raise

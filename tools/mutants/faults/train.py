@@ -315,7 +315,7 @@ FAULTS = [
     Fault("The online neighbors are those of the reported images", SCORING,
           "knn_accuracies(train, val,", "knn_accuracies(val, val,", (SCORES,)),
     Fault("The online probe looks at the student", SCORING,
-          "source = frozen(module.trained_encoder,", "source = frozen(module.encoder,", (SCORES,)),
+          "source = frozen(module.gather_trained_encoder(),", "source = frozen(module.encoder,", (SCORES,)),
     Fault("Online neighbors are searched on the CPU", SCORING, "[k], 0.07, source.device)", "[k], 0.07)",
           ("tests/evaluate/test_evaluation_on_device.py",)),
     Fault("The online head is fitted on the CPU", SCORING, "self.seed, source.device)", "self.seed)",
