@@ -89,8 +89,8 @@ def check_counts(classes: list[str], labels: np.ndarray, settings: ProbeSettings
     few, smallest = settings.labels_per_class, classes[int(counts.argmin())]
     if few and counts.min() < few:
         raise ValueError(f"--labels-per-class {few}: class {brief(smallest)} has only {counts.min()} training images.")
-    if settings.labels_percent and round(counts.min() * settings.labels_percent / 100) < 2:
+    if settings.labels_percent and round(counts.min() * settings.labels_percent / 100) < 1:
         raise ValueError(
             f"--labels-percent {settings.labels_percent:g}: of class {brief(smallest)} ({counts.min()} training "
-            "images) less than 2 would be drawn. Give a larger percentage, or --labels-per-class."
+            "images) none would be drawn. Give a larger percentage, or --labels-per-class."
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import FeatureExtractor
@@ -86,6 +88,11 @@ def probe_layers(encoder: Encoder, settings: ProbeSettings, numbers: list[int]) 
     if settings.seeds != 1:
         raise ValueError(f"--seeds {settings.seeds}: --layers has one curve per seed. Give --seed one by one.")
     indices = open_labeled(settings)
+    if np.bincount(indices[0].labels_of(slice(None))).max() < 2:
+        raise ValueError(
+            "--layers: the best layer is selected on held-out training images, and no class has two. Give more images, "
+            "or name one block (--layer)."
+        )
     device = pick_device(settings.device)
     limit = settings.max_unreadable_fraction
     train, val = (LabeledSet(index, encoder.settings.channels, None, limit) for index in indices)

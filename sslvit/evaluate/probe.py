@@ -16,7 +16,7 @@ from sslvit.evaluate.differences import Difference, Right, differences, verdicts
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.knn import recognized_by_neighbors
 from sslvit.evaluate.labeled import open_labeled
-from sslvit.evaluate.linear import fit_probe, percent, sample_labels
+from sslvit.evaluate.linear import FIXED_L2, fit_probe, percent, sample_labels
 from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, describe_readouts, linear_probe
 from sslvit.evaluate.scores import Scores, format_table, independent, intervals, means, sampling_interval, score_cells
 from sslvit.evaluate.sources import (
@@ -111,6 +111,8 @@ class ProbeTable(Result):
             below.append(f"± is half the 95 % interval of a mean over {over}")
         if len(set(self.about["fingerprints"].values())) == 1:
             below.append(SAME_DATA)
+        if fixed := {column: None for of in self.about["probed"].values() for column in of.get("fixed l2", [])}:
+            below.append(f"{', '.join(fixed)}: L2 penalty {FIXED_L2}")
         if paper := self.about.get("chosen_by_paper"):
             below.append(f"the paper selected on the images that it reports: {paper}")
         if any(k > self.about["train_images"] for k in self.about["neighbors"]):
@@ -269,25 +271,34 @@ def score(
     if few or settings.neighbors:
         train, val = context.features(context.train, readouts), context.features(context.val, readouts)
         if is_first_rank():
-            found = few_labels(train, val, context, settings, seed) | neighbors(train, val, context, settings)
+            by_labels, about["fixed l2"] = few_labels(train, val, context, settings, seed)
+            found = by_labels | neighbors(train, val, context, settings)
             scores |= {column: [percent(is_right) for is_right in of_draws] for column, of_draws in found.items()}
             right |= found
     return scores, about, right
 
 
-def few_labels(train: Features, val: Features, context: ProbeContext, settings: ProbeSettings, seed: int) -> Right:
-    """Logistic regression on random draws of a few labels: for each draw, which images it recognizes."""
+def few_labels(
+    train: Features, val: Features, context: ProbeContext, settings: ProbeSettings, seed: int
+) -> tuple[Right, list[str]]:
+    """Logistic regression on random draws of a few labels: for each draw, which images it recognizes.
+
+    The second result names the columns whose penalty is fixed, since no label could be held out to select it.
+    """
     wanted: dict[str, tuple[int | None, float | None]] = {}
     if settings.labels_per_class:
         wanted[f"linear, {settings.labels_per_class} per class"] = (settings.labels_per_class, None)
     if settings.labels_percent:
         wanted[f"linear, {settings.labels_percent:g} % of labels"] = (None, settings.labels_percent)
     right: Right = {column: [] for column in wanted}
+    fixed: list[str] = []
     for column, (per_class, of_labels) in wanted.items():
         for number in range(seed * settings.draws, (seed + 1) * settings.draws):
             drawn = train[sample_labels(train.labels, per_class, of_labels, number)]
-            right[column].append(fit_probe(drawn, context.classes, number, context.device).is_right(val).cpu())
-    return right
+            head = fit_probe(drawn, context.classes, number, context.device)
+            right[column].append(head.is_right(val).cpu())
+        fixed += [column] if head.held_out is None else []
+    return right, fixed
 
 
 def neighbors(train: Features, val: Features, context: ProbeContext, settings: ProbeSettings) -> Right:

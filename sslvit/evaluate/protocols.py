@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sslvit.environment import limited_steps
 from sslvit.evaluate.features import FeatureExtractor
-from sslvit.evaluate.linear import L2_GRID, fit_probe, percent, shuffled_classes
+from sslvit.evaluate.linear import FIXED_L2, L2_GRID, fit_probe, percent, shuffled_classes
 from sslvit.evaluate.sgd_probe import HeadGrid, fit_batch_norm_head, iterate_batches
 from sslvit.evaluate.sources import (
     OUTPUT,
@@ -161,11 +161,14 @@ def _logistic(
     if not is_first_rank():
         return None
     head = fit_probe(train, context.classes, seed, context.device)
-    about = {
-        "features": describe_readouts(readouts), "l2": head.l2,
-        "l2 compared": f"{L2_GRID[0]:g} to {head.weakest_l2:g}", "l2 chosen on": "held-out training images",
-        HELD_OUT_ACCURACY: head.held_out,
-    }  # fmt: skip
+    about: dict[str, Any] = {"features": describe_readouts(readouts), "l2": head.l2}
+    if head.held_out is None:
+        about["l2 chosen on"] = f"nothing: {FIXED_L2}"
+    else:
+        about |= {
+            "l2 compared": f"{L2_GRID[0]:g} to {head.weakest_l2:g}", "l2 chosen on": "held-out training images",
+            HELD_OUT_ACCURACY: head.held_out,
+        }  # fmt: skip
     is_right = head.is_right(val).cpu()
     return LinearResult(percent(is_right), asdict(protocol) | about, is_right=is_right)
 

@@ -21,6 +21,7 @@ from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.encoders import open_encoder
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.labeled import open_labeled
+from sslvit.evaluate.linear import FIXED_L2
 from sslvit.evaluate.probe import PAPER_RULE, score, untrained
 from sslvit.evaluate.protocols import ProbeContext, check_readouts
 from sslvit.evaluate.scores import Scores, columns_of, format_score, format_table, independent
@@ -263,6 +264,8 @@ class BenchRun:
         if column.kind != "linear":
             about = asdict(column) | view
             del about["protocol"]  # only for linear probes
+            if found.get("fixed l2"):
+                about["l2"] = FIXED_L2
             return values, about
         about = ({} if "fraction" in found["linear"] else view) | found["linear"]
         if by_paper is not None:

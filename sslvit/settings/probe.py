@@ -167,7 +167,5 @@ class ProbeSettings(FewLabels, KNNSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.labels_per_class == 1:
-            raise ValueError("--labels-per-class 1: the strength is chosen on held-out labels; use 2 or more.")
         if self.labels_percent is not None and not 0 < self.labels_percent < 100:
             raise ValueError(f"--labels-percent {self.labels_percent:g}: must be in (0, 100).")

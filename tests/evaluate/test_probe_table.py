@@ -16,6 +16,7 @@ import torch
 from disk_fixtures import files_up_to
 from PIL import Image
 
+import sslvit
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
 from sslvit.data.array_images import array_samples
@@ -205,6 +206,31 @@ def test_a_comparison_states_the_view_and_the_features_of_each_encoder_where_the
     assert (measured.about["view"], measured.about["image_size"]) == (None, None)
 
 
+def test_a_penalty_that_no_held_out_image_can_select_is_fixed_and_said(shards: Path) -> None:
+    usual = {"neighbors": [], "cache": None, "device": "cpu", "baselines": False}
+    table = sslvit.probe(make(), shards / "train", shards / "val", labels_per_class=1, draws=2, **usual)
+    assert len(table.scores["encoder"]["linear, 1 per class"]) == 2
+    assert "linear, 1 per class: L2 penalty 1 / labels, fixed, since no class has two labels to hold one out" in str(
+        table
+    )
+    assert "l2 chosen on held-out training images" in str(table)
+    more = sslvit.probe(make(), shards / "train", shards / "val", labels_per_class=2, draws=2, **usual)
+    assert "fixed" not in str(more)
+    pack(array_samples(np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3)).astype(np.uint8), [0, 1]),
+         shards / "two", ["dark", "light"])  # fmt: skip
+    one_each = sslvit.probe(make(), shards / "two", shards / "val", **usual)
+    linear = one_each.about["probed"]["encoder"]["linear"]
+    assert linear["l2"] == 1 / 2
+    assert "l2 0.5; l2 chosen on nothing: 1 / labels, fixed, since no class has two labels to hold one out" in str(
+        one_each
+    )
+    assert "accuracy on held-out" not in str(one_each)
+    with pytest.raises(
+        ValueError, match="the best layer is selected on held-out training images, and no class has two"
+    ):
+        sslvit.probe(make(), shards / "two", shards / "val", layers="all", **usual)
+
+
 def test_unlabeled_or_different_data_is_refused(shards: Path) -> None:
     pack(array_samples(np.zeros((4, 8, 8, 3), np.uint8)), shards / "plain")
     pack(array_samples(np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 0, 1]), shards / "other", ["dark", "bright"])
@@ -216,12 +242,11 @@ def test_unlabeled_or_different_data_is_refused(shards: Path) -> None:
         ({"neighbors": [5000]}, "--neighbors 5000: there are only 40 training images"),
         ({"protocol": DINOProbeSettings(), "blocks": 2}, "--blocks 2: dino has --protocol.blocks"),
         ({"cache": __file__}, "not a folder. Give one, or none"),
-        ({"labels_percent": 2.0}, r"--labels-percent 2: of class .* less than 2 would be drawn"),
+        ({"labels_percent": 2.0}, r"--labels-percent 2: of class .* none would be drawn"),
     ]:
         with pytest.raises(ValueError, match=message):
             probe({"mine": make()}, replace(settings, **changes))
     for wrong, message in [
-        ({"labels_per_class": 1}, "use 2 or more"),
         ({"labels_per_class": 0}, "--labels-per-class 0"),
         ({"labels_percent": 100.0}, "--labels-percent 100"),
         ({"neighbors": [0]}, "--neighbors"),

@@ -218,8 +218,9 @@ def test_folds_and_draws_are_stratified_and_repeatable() -> None:
         sample_labels(labels, 500, None, 0)
     tenth = sample_labels(labels, None, 10.0, 0)
     assert torch.bincount(labels[tenth]).tolist() == [round(n / 10) for n in torch.bincount(labels).tolist()]
-    with pytest.raises(ValueError, match=r"--labels-percent 1: class 0 has only \d+ images, of which 1 would be drawn"):
-        sample_labels(labels, None, 1.0, 0)
+    assert torch.bincount(labels[sample_labels(labels, 1, None, 0)]).tolist() == [1] * 4
+    with pytest.raises(ValueError, match=r"--labels-percent 0.1: class 0 has only \d+ images, of which 0 would be"):
+        sample_labels(labels, None, 0.1, 0)
 
 
 def knn_votes(
@@ -372,6 +373,33 @@ def test_the_strength_is_the_one_that_held_out_folds_prefer(monkeypatch: pytest.
     assert head.l2 == strengths[found.index(min(found))]
     assert head.held_out == pytest.approx(-100 * min(found)[0] / 300)
     assert found.index(min(found)) == 1  # neither the strongest nor the weakest
+
+
+def test_with_one_image_of_each_class_the_penalty_is_fixed_since_none_can_be_held_out() -> None:
+    features = clouds(count=12, classes=12)
+    features.labels = torch.arange(12)
+    head = fit_probe(features, 12)
+    assert (head.l2, head.held_out) == (1 / 12, None)  # scikit-learn's default: C = 1 on the sum over images
+    values = features.values.double().numpy()
+    values = (values - values.mean(0)) / values.std(0)
+    theirs = LogisticRegression(max_iter=10_000, tol=1e-9).fit(values, features.labels.numpy())
+    torch.testing.assert_close(head.weight, torch.from_numpy(theirs.coef_), atol=1e-3, rtol=1e-3)
+    assert torch.equal(fit_probe(features, 12, seed=1).weight, head.weight)  # there are no folds
+
+
+def test_the_only_image_of_a_class_is_never_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslvit.evaluate import linear
+
+    features = clouds(count=60)
+    labels = torch.cat([features.labels, torch.tensor([4, 5])])
+    features = Features(torch.cat([features.values, torch.randn(2, 12) + 9]), labels)
+    trials = []
+    monkeypatch.setattr(linear, "fit_logistic", lambda *given: trials.append(given) or fit_logistic(*given))
+    head = fit_probe(features, 6)
+    used = trials[0][4]
+    assert used[:, -2:].all()
+    assert (~used[:: len(L2_GRID)]).sum(0).tolist() == [1] * 60 + [0, 0]  # the others once
+    assert head.held_out * 60 / 100 == pytest.approx(round(head.held_out * 60 / 100))
 
 
 def test_folds_and_draws_are_another_choice_under_another_seed() -> None:

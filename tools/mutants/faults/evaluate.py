@@ -77,6 +77,12 @@ FAULTS = [
           "count = per_class or round(len(labels) * (percent or 0) / 100 / int(labels.max() + 1))", "test_probes.py"),
     fault("Held-out answers are a share of all images", "linear.py", "100 * float(right[best] / is_held_out.sum())",
           "100 * float(right[best] / len(features))", "test_probes.py"),
+    fault("The only image of a class is held out", "linear.py",
+          "fold[members] = torch.arange(len(members)) % FOLDS if len(members) > 1 else NEVER",
+          "fold[members] = torch.arange(len(members)) % FOLDS", "test_probes.py"),
+    fault("The fixed penalty does not depend on the number of labels", "linear.py",
+          "l2, held_out, weakest_l2 = 1 / len(features), None, None",
+          "l2, held_out, weakest_l2 = 1.0, None, None", "test_probes.py"),
     # protocols
     fault("MAE's probe adds no warmup", "protocols.py",
           "lambda step: warmup_cosine(step, peak, 0.0, warmup, run.steps)",
