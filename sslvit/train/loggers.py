@@ -121,6 +121,8 @@ def _mlflow(experiment: str, folder: RunFolder, about: dict[str, Any]) -> list[L
     file = folder.mlflow / "run-id"
     run_id = file.read_text().strip() if file.exists() else None
     server = os.environ.get("MLFLOW_TRACKING_URI")
+    if not server:
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions refuse to log into a folder otherwise
     try:
         tracker = MLFlowLogger(experiment, folder.path.name, server, save_dir=str(folder.mlflow), run_id=run_id)
         if run_id is None:

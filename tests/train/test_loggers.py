@@ -117,6 +117,7 @@ class Recorded(Logger):
         super().__init__()
         if self.is_away:
             raise ConnectionError("max retries exceeded\nwith url: /api")
+        self.is_folder_allowed = os.environ.get("MLFLOW_ALLOW_FILE_STORE") == "true"
         self.given = (experiment, run_name, tracking_uri, save_dir)
         self.run_id, self.parameters, self.numbers, self.artifacts = run_id or "abc", 0, {}, []
         self.experiment = SimpleNamespace(log_artifact=lambda *words: self.artifacts.append(words))
@@ -141,7 +142,9 @@ def mlflow(monkeypatch: pytest.MonkeyPatch) -> type[Recorded]:
     module.__spec__ = ModuleSpec("mlflow", None)
     monkeypatch.setitem(sys.modules, "mlflow", module)
     monkeypatch.setattr(loggers, "MLFlowLogger", Recorded)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE"):
+        monkeypatch.setenv(name, "")  # is restored after the test
+        monkeypatch.delenv(name)
     Recorded.made.clear()
     return Recorded
 
@@ -153,6 +156,7 @@ def test_mlflow_gets_the_lines_and_the_pictures_and_goes_on_in_one_run(
     run(shards, tmp_path / "run", resume=True, **{"train.mlflow": "ours", "train.steps": 9})
     first, second = mlflow.made
     assert first.given == ("ours", "run", None, str(folder.path / "mlflow"))
+    assert first.is_folder_allowed  # which MLflow 3 refuses by default
     assert (first.parameters, second.parameters) == (1, 0)  # a parameter of MLflow never changes
     assert second.run_id == "abc" == (folder.path / "mlflow" / "run-id").read_text().strip()
     lines = {line["step"]: line for line in folder.read_metrics()}
