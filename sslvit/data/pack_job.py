@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,9 +22,13 @@ from sslvit.data.scan import ShardReport
 from sslvit.data.sources import Samples, SampleTable, Texts
 from sslvit.data.store import BLOCK, MAX_MEMBER_NAME, PackSettings, TarWriter, store
 from sslvit.data.unfinished import load_report, save_report, shard_name
-from sslvit.files import new_file
+from sslvit.files import REMEDIES, new_file, printable
 
 MAX_ENCODED_SUFFIX = 4  # the length of webp
+# not faults of a file: every image read meanwhile would be skipped
+MACHINE_FAULTS = (
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN,
+)  # fmt: skip
 TRIAL_IMAGES = 64  # images encoded in advance to estimate the size of the others
 
 
@@ -111,6 +116,12 @@ class PackJob:
             skipped[sample.key + sample.suffix] = str(error)
             return
         except OSError as error:  # a read error; write errors end the packing
+            if error.errno in MACHINE_FAULTS:
+                remedy = REMEDIES.get(error.errno, "Check the machine and the network.")
+                raise RuntimeError(
+                    f"{printable(sample.key + sample.suffix)}: could not be read ({error.strerror}). {remedy} Then run "
+                    "the same packing again, which goes on."
+                ) from error
             skipped[sample.key + sample.suffix] = error.strerror or str(error)
             return
         offset = tar.add(self.keys[number] + suffix, content)

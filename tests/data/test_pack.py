@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ from sslvit.data.scan import index_shards
 from sslvit.data.sources import FileImages, Sample, SampleTable, hold_out
 from sslvit.data.store import PackSettings
 from sslvit.data.unfinished import finish_packing
+from sslvit.files import REMEDIES
 from sslvit.locks import lock_folder
 
 SMALL = PackSettings(shard_mb=0.005)
@@ -307,6 +309,24 @@ def test_unreadable_images_are_left_out_and_named(tmp_path: Path, capsys: pytest
     assert index.skipped["dog/text.png"] == "not an image (UnidentifiedImageError)"
     assert "No such file" in index.skipped["dog/nowhere.png"]
     assert "skipped 3 of 23" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.ESTALE])
+def test_a_fault_of_the_machine_ends_a_packing_and_no_image_is_lost(tmp_path: Path, monkeypatch, code: int) -> None:
+    source = image_folder(tmp_path / "in")
+    read = FileImages.read
+
+    def failing(images: FileImages, item: str) -> bytes:
+        if item.endswith("im.007.png"):
+            raise OSError(code, os.strerror(code))
+        return read(images, item)
+
+    monkeypatch.setattr(FileImages, "read", failing)
+    with pytest.raises(RuntimeError, match=rf"im.007.png: could not be read .{os.strerror(code)}.*goes on") as error:
+        pack_source(source, tmp_path / "out", SMALL, workers=1)
+    assert REMEDIES[code] in str(error.value)
+    monkeypatch.undo()
+    assert len(pack_source(source, tmp_path / "out", SMALL, workers=1)[0]) == 20
 
 
 def test_keys_that_look_like_fallbacks_stay_unique(tmp_path: Path) -> None:
