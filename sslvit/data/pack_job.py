@@ -25,9 +25,9 @@ from sslvit.data.unfinished import load_report, save_report, shard_name
 from sslvit.files import REMEDIES, new_file, printable
 
 MAX_ENCODED_SUFFIX = 4  # the length of webp
-# not faults of a file: every image read meanwhile would be skipped
+# not faults of a file, as a bad sector (EIO) is: every image read meanwhile would be skipped
 MACHINE_FAULTS = (
-    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN,
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN,
 )  # fmt: skip
 TRIAL_IMAGES = 64  # images encoded in advance to estimate the size of the others
 

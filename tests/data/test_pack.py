@@ -311,7 +311,7 @@ def test_unreadable_images_are_left_out_and_named(tmp_path: Path, capsys: pytest
     assert "skipped 3 of 23" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ESTALE])
 def test_a_fault_of_the_machine_ends_a_packing_and_no_image_is_lost(tmp_path: Path, monkeypatch, code: int) -> None:
     source = image_folder(tmp_path / "in")
     read = FileImages.read
