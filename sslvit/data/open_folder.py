@@ -48,17 +48,19 @@ def open_image_folder(path: Path, cache: ShardCache, check: Check | None = None)
 
 def _pack_once(path: Path, found: ImageSource, folder: Path, check: Check | None) -> ShardIndex:
     """The index of a folder's shards, which are packed now unless they exist."""
-    if (folder / "index.json").exists():
-        logger.info(f"{printable(path)}: an image folder; using its shards packed earlier in {folder}.")
-        return load_index(folder)
+    with suppress(FileNotFoundError, ValueError):  # the cache may have been cleared of some files
+        index = load_index(folder)
+        if not index.missing_shards():
+            logger.info(f"{printable(path)}: an image folder; using its shards packed earlier in {folder}.")
+            return index
     if check is not None:
         check(found)
     for note in found.notes:
         logger.info(f"{printable(path)}: {note}")
     logger.info(f"{printable(path)}: an image folder; packing it into {folder} first.")
-    index = pack(found.samples, folder, found.classes, skipped=found.skipped)
-    assert index is not None  # None only for a part
-    return index
+    packed = pack(found.samples, folder, found.classes, overwrite=True, skipped=found.skipped)
+    assert packed is not None  # None only for a part
+    return packed
 
 
 def channels_of(found: ImageSource) -> set[int]:

@@ -90,6 +90,17 @@ def test_an_image_folder_is_packed_once_into_the_cache(tmp_path: Path, capsys: p
         open_shards("", cache)
 
 
+@pytest.mark.parametrize("gone", ["shard-000000.tar", "index.npy", "index.json"])
+def test_shards_that_were_purged_from_the_cache_are_packed_again(tmp_path: Path, gone: str) -> None:
+    """Scratch disks are cleared of files that nobody has read for some weeks."""
+    source, cache = image_folder(tmp_path / "in"), ShardCache(tmp_path / "cache")
+    before = open_shards(source, cache)
+    (Path(before.location) / gone).unlink()
+    again = open_shards(source, cache)
+    assert not again.missing_shards()
+    assert (again.location, again.fingerprint()) == (before.location, before.fingerprint())
+
+
 def test_a_class_may_be_called_packing(tmp_path: Path) -> None:
     source, cache = image_folder(tmp_path / "in"), ShardCache(tmp_path / "cache")
     (source / "cat").rename(source / "packing")
