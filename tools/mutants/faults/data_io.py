@@ -133,8 +133,8 @@ FAULTS = [
     Fault(
         "A shard without labels among others takes part in the labels",
         "sslvit/data/scan.py",
-        'for text in report.labels or [""] * report.shard.samples]',
-        "for text in report.labels]",
+        'for text in report.labels.get(field_name, [""] * report.shard.samples)]',
+        "for text in report.labels.get(field_name, [])]",
         (f"{SCAN}::test_a_shard_without_labels_among_others_leaves_all_without_and_it_is_said",),
     ),
     Fault(
@@ -504,9 +504,9 @@ FAULTS = [
     ),
     Fault(
         "A packing goes on with files that were changed",
-        "sslvit/data/pack_job.py",
-        '"source": source, "times": times, **more}',
-        '"source": source, "times": "", **more}',
+        "sslvit/data/unfinished.py",
+        '"source": source, "times": times, "classes": classes',
+        '"source": source, "times": "", "classes": classes',
         (f"{PACK}::test_a_packing_whose_files_were_changed_meanwhile_does_not_go_on",),
     ),
     Fault(

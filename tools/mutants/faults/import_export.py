@@ -62,8 +62,8 @@ FAULTS = [
     Fault(
         "Biases of DINOv3's keys may be missing from a folder that states them",
         f"{LAYOUTS}/transformers_folder.py",
-        'if key_bias is not any(key.endswith("k_proj.bias") for key in state):',
-        "if False:",
+        "if wrong := [name for name in biases if (name in state) is not has_biases]:",
+        "if wrong := list[str]():",
         (f"{DINOV3}::test_a_folder_whose_config_says_something_else_is_refused",),
     ),
     Fault(

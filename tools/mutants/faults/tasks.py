@@ -433,11 +433,15 @@ FAULTS = [
         ("tests/test_device_budget.py",),
     ),
     # ---- MAE
-    Fault("Directions of edges do not wrap", HOG, "torch.minimum(distance, BINS - distance)", "distance", OF_HOG),
+    Fault("Directions of edges do not wrap", HOG, "total - ramps[0] + ramps[-1]", "total - ramps[0]", OF_HOG),
     Fault("Directions of edges are signed", HOG, ".remainder(math.pi)", ".abs()", OF_HOG),
     Fault("Gradients at the border are those of an image on black", HOG, 'mode="replicate"', 'mode="constant"', OF_HOG),
     Fault(
-        "Edges vote for the nearest direction alone", HOG, "(1 - distance).clamp(min=0)", "(distance <= 0.5)", OF_HOG
+        "Edges vote for the nearest direction alone",
+        HOG,
+        "direction.clamp(k, k + 1)",
+        "direction.round().clamp(k, k + 1)",
+        OF_HOG,
     ),
     Fault(
         "Histograms are normalized over the patch",
