@@ -523,7 +523,9 @@ def test_pack_info_and_index(capsys, photos: Path, tmp_path: Path) -> None:
     out = capsys.readouterr().out
     assert f"{shards / 'train'}: 8 images (8x8, 3 channels, 2 classes)" in out
     assert f"{shards / 'val'}: 4 images" in out
-    assert "already holds shards" in failing(capsys, "shards", "pack", str(photos), str(shards), "--holdout", "0.34")
+    assert main(["shards", "pack", str(photos), str(shards), "--holdout", "0.34"]) == 0
+    assert "the same images are packed there already; --overwrite packs them again" in capsys.readouterr().out
+    assert "already holds shards" in failing(capsys, "shards", "pack", str(photos), str(shards), "--holdout", "0.5")
     assert main(["shards", "info", str(shards / "val")]) == 0
     (shards / "val" / "index.json").unlink()
     for action in ("check", "info", "index"):  # shards without an index are indexed, as pretrain does

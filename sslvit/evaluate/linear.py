@@ -86,7 +86,8 @@ def fit_probe(features: Features, classes: int, seed: int = 0, device: str | tor
     l2, held_out, weakest_l2 = 1 / len(features), None, None
     if (fold != NEVER).any():
         l2, held_out, weakest_l2 = _select_l2(values, labels, classes, fold)
-    weight, bias, is_solved = fit_logistic(values, labels, classes, values.new_tensor([l2]))
+    strength = torch.tensor([l2], dtype=torch.float64, device=device)
+    weight, bias, is_solved = fit_logistic(values, labels, classes, strength)
     if not is_solved:
         logger.info(NOT_CONVERGED)
     return LinearHead(mean, scale, weight[0], bias[0], l2, held_out, weakest_l2)
@@ -97,13 +98,13 @@ def _select_l2(
 ) -> tuple[float, float, float]:
     """The best penalty on held-out images, its accuracy there in percent, and the weakest penalty that was compared."""
     is_held_out = torch.stack([fold == f for f in range(FOLDS if len(values) <= MAX_CROSS_VALIDATED else 1)])  # folds n
-    tried = values.new_tensor(L2_GRID)
+    tried = torch.tensor(L2_GRID, dtype=torch.float64, device=values.device)
     used = rearrange(~is_held_out, "f n -> f 1 n").expand(-1, len(L2_GRID), -1).flatten(0, 1)
     weight, bias, is_solved = fit_logistic(
         values, labels, classes, tried.repeat(len(is_held_out)), used, TRIAL_ITERATIONS
     )
     compared = solved_in_all_folds(is_solved.view(len(is_held_out), -1))
-    right, loss = values.new_zeros(2, len(L2_GRID))
+    right, loss = torch.zeros(2, len(L2_GRID), dtype=torch.float64, device=values.device)
     for f, held_out in enumerate(is_held_out):
         reported, expected = values[held_out], labels[held_out]
         for i in range(len(L2_GRID)):

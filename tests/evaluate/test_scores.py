@@ -83,6 +83,7 @@ def test_probe_and_bench_say_the_same_of_the_same_data(shards: Path) -> None:
         out=str(shards / "bench"),
     )  # fmt: skip
     run = BenchRun(bench)
+    run.folder.mkdir()
     run.claim()
 
     cells = run.run().to_dict()["cells"]
@@ -171,6 +172,7 @@ def test_a_bench_measures_again_where_images_or_crops_changed_and_keeps_nothing_
         )  # fmt: skip
         measured.clear()
         run = BenchRun(bench)
+        run.folder.mkdir(exist_ok=True)
         run.claim()
         cells = run.run().to_dict()["cells"]
         markdown = (shards / "bench" / "table.md").read_text()
