@@ -143,8 +143,9 @@ def choose_images(members: TarMembers, tar: str, field: str | None) -> tuple[lis
     """Choose the images that are samples; also returns the skipped ones with the reason.
 
     A plain field (photo.jpg) is the image of its key. A name with more dots is a separate sample if the part between
-    its dots is a number (photo.0001.jpg) or if it is the only image of its key. Otherwise it is another field of its
-    key, such as 7.seg.png beside 7.jpg, or one of several from which the user has to choose.
+    its dots is a number (photo.0001.jpg) or if it is the only image of its key and in no other key beside one.
+    Otherwise it is another field of its key, such as 7.seg.png beside 7.jpg, or one of several from which the user has
+    to choose.
     """
     skipped: dict[str, str] = {}
     selected: list[TarImage] = []
@@ -171,6 +172,10 @@ def choose_images(members: TarMembers, tar: str, field: str | None) -> tuple[lis
                     f"{len(left)} images of one key ({printable(choices)}): choose one, as with --image {min(fields)}"
                 )
         selected += requested
+    if field is None:  # 8.seg.png without 8.jpg is no more an image than 7.seg.png beside 7.jpg
+        lone = [image for image in selected if image.field in others]
+        others.update(image.field for image in lone)
+        selected = [image for image in selected if image.field not in others]
     for name, count in others.items():
         skipped[f"{tar}/*.{name}"] = (
             f"{count} images in another field of their keys (--image {name} takes these instead)"

@@ -231,6 +231,15 @@ def test_keys_with_dots_are_samples_and_other_fields_are_not(tmp_path: Path) -> 
     assert [index.key(i) for i in range(2)] == ["a.tar/photo.0001.jpg", "a.tar/photo.0002.jpg"]
 
 
+def test_a_mask_whose_image_is_missing_is_not_taken_for_one(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"7.png": png(7), "7.seg.png": png(1), "8.seg.png": png(2), "9.x.png": png(9)})
+    index = index_shards(tmp_path, workers=1)
+    assert numbers_of(index) == [7, 9]
+    assert index.skipped == {
+        "a.tar/*.seg.png": "2 images in another field of their keys (--image seg.png takes these instead)"
+    }
+
+
 def test_of_two_images_to_a_key_the_user_chooses(tmp_path: Path, capsys) -> None:
     pairs = {f"{i}.{side}.png": png(10 * i + (side == "right")) for i in range(3) for side in ("left", "right")}
     write_tar(tmp_path / "a.tar", pairs)
