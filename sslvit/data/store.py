@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from sslvit.data.decode import check_whole
-from sslvit.data.header import MODES, BadImage, open_image, read_header, suffix_of
+from sslvit.data.header import IMAGE_SUFFIXES, MODES, BadImage, open_image, read_header, suffix_of
 from sslvit.settings.pack import PackSettings
 
 BLOCK = tarfile.BLOCKSIZE
@@ -28,7 +28,7 @@ TRANSPOSE = {
 
 
 def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, str]:
-    """The bytes to store in a shard, and their suffix, which is found from the bytes if it is empty.
+    """The bytes to store in a shard, and their suffix, which is found from the bytes unless it is an image's.
 
     Raises:
         BadImage: the image is unreadable, truncated or, with settings.decode, damaged.
@@ -38,7 +38,7 @@ def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, s
     shorter, limit = min(header.height, header.width), settings.resize
     scale = limit / shorter if limit is not None and shorter > limit else None
     if (settings.encode == "keep" and scale is None) or header.mode == "array":
-        return content, suffix or suffix_of(content)
+        return content, suffix if suffix in IMAGE_SUFFIXES else suffix_of(content)
     try:
         image = open_image(content)
         # before transpose(), which drops image.format

@@ -10,6 +10,7 @@ from shard_fixtures import contents, image_folder
 
 from sslvit.data.any_source import SourceOptions, read_source
 from sslvit.data.pack import pack_source
+from sslvit.data.scan import index_shards
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
@@ -24,6 +25,17 @@ def test_a_list_names_images_and_labels(tmp_path: Path, kind: str) -> None:
     (index,) = pack_source(tmp_path / f"list.{kind}", tmp_path / "out")
     assert index.classes == ["cat", "dog"]
     assert contents(index) == {(0, 1): 0, (0, 2): 0, (1, 1): 1, (1, 2): 1}
+
+
+@pytest.mark.parametrize("name", ["photo", "photo.dat", "photo.cls", "photo.caf\udce9"])
+def test_images_of_any_ending_are_found_in_their_shards_again(tmp_path: Path, name: str) -> None:
+    image_folder(tmp_path / "in")
+    (tmp_path / "in" / "cat" / "im.001.png").rename(tmp_path / name)
+    rows = [{"path": name, "label": "cat"}, {"path": "in/dog/im.002.png", "label": "dog"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (index,) = pack_source(tmp_path / "a.jsonl", tmp_path / "out")
+    assert contents(index) == {(0, 1): 0, (1, 2): 1}
+    assert contents(index_shards(tmp_path / "out", workers=1)) == contents(index)
 
 
 def test_numbers_in_a_list_stay_class_numbers_and_labels_may_be_absent(tmp_path: Path) -> None:
