@@ -39,7 +39,7 @@ FAULTS = [
           (f"{RUNS}::test_a_run_says_in_words_what_it_was_given_and_how_it_goes_on",)),
     # packing
     Fault("Every file of a data set is called .png", "sslvit/data/store.py",
-          "return content, suffix or suffix_of(content)", "return content, suffix or \".png\"",
+          "if suffix in IMAGE_SUFFIXES else suffix_of(content)", "if suffix in IMAGE_SUFFIXES else \".png\"",
           (f"{PACKED}::test_files_of_a_data_set_go_in_as_they_are_and_are_called_by_their_format",)),
     Fault("A data set of torchvision is always downloaded", "sslvit/data/dataset_source.py",
           'given["download"] = options.download', 'given["download"] = True',
