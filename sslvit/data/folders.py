@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,6 +115,17 @@ def check_labeled(option: str, source: str | Path | None) -> None:
             "list with a column label (sslvit shards pack LIST.csv SHARDS); without labels, see what the encoder finds "
             f"alike: sslvit show neighbors ENCODER {printable(source)}"
         )
+
+
+def first_image(folder: Path) -> str | None:
+    """Name of the first image in a folder or in one of its folders; None if there is none."""
+    skipped = _Skipped()
+    with suppress(ValueError):  # a folder that is not readable
+        for entry in _entries(folder, skipped):
+            below = _entries(entry.path, skipped) if _is_folder(entry) else [entry]
+            if image := next((one for one in below if _is_image(one, folder, skipped)), None):
+                return os.path.relpath(image.path, folder)
+    return None
 
 
 def _entries(folder: str | Path, skipped: _Skipped) -> list[os.DirEntry]:

@@ -59,7 +59,7 @@ class ShardIndex:
         encoding: How packing changed the images, in words; empty if it did not.
         orientation: upright to rotate images by their EXIF orientation, stored to use their pixels as stored.
         skipped: Name of each skipped file -> reason.
-        job: Digest of the job that packed the shards (unfinished.digest_job), or empty.
+        job: Digest of the packing that wrote the shards (unfinished.digest_job); empty for shards of other tools.
         cache: Cache of shards from the network, or None.
         cached_in: Folder in the local cache that holds the index, if it does not lie beside the shards.
     """
@@ -210,7 +210,7 @@ class ShardIndex:
         more = {"bytes": [s.bytes for s in self.shards], "sha256": [s.sha256 for s in self.shards]}
         content = {
             "format": FORMAT, "records_sha256": sha256_of(folder / "index.npy"),
-            **{name: getattr(self, name) for name in INDEX_FIELDS}, "job": self.job,
+            **{name: getattr(self, name) for name in INDEX_FIELDS}, **({"job": self.job} if self.job else {}),
             "splits": {split: about | more},
         }  # fmt: skip
         _write_json(folder / "_info.json", {"splits": {split: about}})

@@ -55,6 +55,8 @@ def pack_source(
 ) -> list[ShardIndex]:
     """Pack a folder of images, other shards, a list, an array, an IDX file or a data set.
 
+    An interrupted packing is resumed: shards and folders that are complete are not packed again.
+
     Args:
         source: Any source that any_source.read_source accepts, or a map-style data set object.
         destination: Folder for the shards; with a holdout, for train/ and val/ in it.
@@ -68,8 +70,6 @@ def pack_source(
 
     Returns:
         The index, or those of train and val; an empty list for a part.
-
-    An interrupted packing goes on: shards and folders that it has completed are not packed again.
 
     Raises:
         ValueError: there are no images, or the folder holds shards or an unfinished packing of another source.
@@ -115,7 +115,9 @@ def pack_source(
     for note in found.notes:
         logger.info(f"{name}: {note}")
     packed = [
-        index or pack(samples, folder, found.classes, settings, overwrite, workers, part_of, found.skipped)
+        pack(samples, folder, found.classes, settings, overwrite, workers, part_of, found.skipped)
+        if index is None
+        else index
         for (folder, samples), index in zip(jobs, earlier, strict=True)
     ]
     return [index for index in packed if index is not None and part_of[1] == 1]

@@ -119,8 +119,8 @@ class PackJob:
             if error.errno in MACHINE_FAULTS:
                 remedy = REMEDIES.get(error.errno, "Check the machine and the network.")
                 raise RuntimeError(
-                    f"{printable(sample.key + sample.suffix)}: could not be read ({error.strerror}). {remedy} Then run "
-                    "the same packing again, which goes on."
+                    f"{printable(sample.key + sample.suffix)}: could not be read ({error.strerror}). {remedy} Then "
+                    "give the same command again: packing resumes."
                 ) from error
             skipped[sample.key + sample.suffix] = error.strerror or str(error)
             return

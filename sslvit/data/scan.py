@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sslvit.data.folders import first_image
 from sslvit.data.header import IMAGE_SUFFIXES
 from sslvit.data.index import Shard, ShardIndex, load_index
 from sslvit.data.labels import NO_LABEL, NotClasses, brief_names, number_labels
@@ -107,6 +108,11 @@ def index_shards(folder: str | Path, workers: int | None = None, options: IndexO
             check_shard_name(name)
         except ValueError as error:
             raise ValueError(f"{printable(folder)}: {error}.") from error
+    if image := first_image(Path(folder)):
+        logger.warning(
+            f"{printable(folder)}: its .tar files are read as shards, and the images beside them (the first: "
+            f"{printable(image)}) are not read. If those are meant, move the .tar files elsewhere"
+        )
     options, earlier = options or IndexOptions(), _earlier_index(Path(folder))
     if options.orientation is None and earlier is not None and earlier.orientation == "stored":
         options = replace(options, orientation="stored")

@@ -58,7 +58,7 @@ def checked_index(content: Any, is_cached: bool = False) -> dict[str, Any]:
     _sha256("records_sha256", _get(content, "records_sha256", "the index"))
     for name, check in INDEX_FIELDS.items():
         check(name, _get(content, name, "the index"))
-    _text("job", content.setdefault("job", ""))  # indexes written before packing recorded it have none
+    _text("job", content.setdefault("job", ""))  # only packing writes it
     for name in ("mean", "std"):
         _numbers(name, content[name], content["channels"])
     splits = _get(content, "splits", "the index")

@@ -1,7 +1,7 @@
 """TensorBoard, Weights & Biases and MLflow besides metrics.jsonl: numbers during the run, pictures at its end.
 
-A tracker that cannot take a new run is an error before the first step, since a key or an address may be wrong. One that
-has taken the run ends it no more: its first error is a warning, and the run goes on without it.
+A tracker that does not accept a new run is an error before the first step, since a key or an address may be wrong.
+Later, no tracker ends the run: its first error becomes a warning, and the run continues without it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 NAMES = {TensorBoardLogger: "TensorBoard", WandbLogger: "Weights & Biases", MLFlowLogger: "MLflow"}
 CALLS = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize")  # by Lightning and by callbacks
 HAS_FAILED = "has_failed_in_run"  # attribute of a tracker after its first error
+WITHOUT_IT = "The run continues without it; metrics.jsonl has the same numbers"
 
 
 def check_loggers(settings: TrainSettings) -> None:
@@ -56,7 +57,7 @@ def make_loggers(
     A resumed run continues its run of Weights & Biases and of MLflow, which does not accept a parameter twice.
 
     Raises:
-        RuntimeError: Weights & Biases or MLflow does not take a new run.
+        RuntimeError: Weights & Biases or MLflow does not accept a new run.
     """
     train, about = settings.train, describe_run(settings, index)
     trackers: list[Logger] = []
@@ -78,7 +79,7 @@ def make_loggers(
 
 def _wandb(project: str, folder: RunFolder, about: dict[str, Any]) -> WandbLogger:
     """A new or continued run of Weights & Biases; a continued one is logged offline while the server is away."""
-    # by default the end of a run waits for its server for good, and a job that was told to stop is not requeued
+    # by default the end of a run waits for the server without end, and a job that was told to stop is not requeued
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
     os.environ.setdefault("WANDB_FINISH_TIMEOUT_RAISES", "true")
     folder.wandb.mkdir(exist_ok=True)
@@ -96,7 +97,7 @@ def _wandb(project: str, folder: RunFolder, about: dict[str, Any]) -> WandbLogge
     except Exception as error:
         if is_new:
             raise RuntimeError(
-                f"train.wandb {project}: Weights & Biases does not take this run ({_reason(error)}). Check "
+                f"train.wandb {project}: Weights & Biases did not accept this run ({_reason(error)}). Check "
                 "WANDB_API_KEY (wandb login) and WANDB_BASE_URL, or set WANDB_MODE=offline and send the run later with "
                 "wandb sync."
             ) from error
@@ -104,7 +105,7 @@ def _wandb(project: str, folder: RunFolder, about: dict[str, Any]) -> WandbLogge
 
         wandb.teardown()  # its process still holds the run
         tracker = begin(mode="offline")
-        logger.warning(f"Weights & Biases: {_reason(error)}. The run goes on offline{_sync_hint(tracker)}")
+        logger.warning(f"Weights & Biases: {_reason(error)}. The run continues offline{_sync_hint(tracker)}")
     if is_new:
         write_atomically(file, run_id + "\n")
     return tracker
@@ -132,11 +133,11 @@ def _mlflow(experiment: str, folder: RunFolder, about: dict[str, Any]) -> list[L
     except Exception as error:
         if run_id is None:
             raise RuntimeError(
-                f"train.mlflow {experiment}: MLflow does not take this run ({_reason(error)}). Check that the server "
-                "of MLFLOW_TRACKING_URI is up and takes your key, or leave train.mlflow out: metrics.jsonl gets the "
-                "same lines."
+                f"train.mlflow {experiment}: MLflow did not accept this run ({_reason(error)}). Check that "
+                "the server of MLFLOW_TRACKING_URI is up and accepts your key, or leave out train.mlflow: "
+                "metrics.jsonl has the same numbers."
             ) from error
-        logger.warning(f"MLflow: {_reason(error)}. The run goes on without it; metrics.jsonl gets the same lines")
+        logger.warning(f"MLflow: {_reason(error)}. {WITHOUT_IT}")
         return []
     return [tracker]
 
@@ -144,13 +145,13 @@ def _mlflow(experiment: str, folder: RunFolder, about: dict[str, Any]) -> list[L
 def _call(tracker: Logger, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Call a method of a tracker that has not failed yet."""
     if not getattr(tracker, HAS_FAILED, False):
-        with _outlived(tracker):
+        with _errors_as_warnings(tracker):
             method(*args, **kwargs)
 
 
 @contextmanager
-def _outlived(tracker: Logger) -> Iterator[None]:
-    """Turn an error of a tracker into a warning, if it is its first one."""
+def _errors_as_warnings(tracker: Logger) -> Iterator[None]:
+    """Turn a tracker's first error into a warning, and ignore later ones."""
     try:
         yield
     except Exception as error:
@@ -158,10 +159,7 @@ def _outlived(tracker: Logger) -> Iterator[None]:
             return
         setattr(tracker, HAS_FAILED, True)
         name = NAMES.get(type(tracker), type(tracker).__name__)
-        logger.warning(
-            f"{name}: {_reason(error)}. The run goes on without it; metrics.jsonl gets the same lines"
-            f"{_sync_hint(tracker)}"
-        )
+        logger.warning(f"{name}: {_reason(error)}. {WITHOUT_IT}{_sync_hint(tracker)}")
 
 
 def _reason(error: Exception) -> str:
@@ -170,7 +168,7 @@ def _reason(error: Exception) -> str:
 
 
 def _sync_hint(tracker: Logger) -> str:
-    """How to send later what a tracker's server has not got, if that is possible."""
+    """How to send later what the tracker's server lacks, if that is possible."""
     if not isinstance(tracker, WandbLogger):
         return ""
     return f"; send what is missing later: wandb sync {tracker.save_dir}/wandb/*run-*-{tracker.version}"
@@ -190,7 +188,7 @@ def ended_on_failure(trainer: pl.Trainer) -> Iterator[None]:
     except BaseException:
         for tracker in trainer.loggers:
             if isinstance(tracker, WandbLogger):
-                with _outlived(tracker):
+                with _errors_as_warnings(tracker):
                     tracker.experiment.finish(exit_code=1)
         raise
 
@@ -200,7 +198,7 @@ def log_pictures(trainer: pl.Trainer, figures: Path, step: int) -> None:
     for tracker in trainer.loggers:
         _call(tracker, _log_pictures, tracker, sorted(figures.glob("*.png")), step)
         if isinstance(tracker, WandbLogger):
-            with _outlived(tracker):
+            with _errors_as_warnings(tracker):
                 tracker.experiment.finish()
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from shard_fixtures import encoded, image_folder, numbered_shards, numbers_of
 
 from sslvit.data.open import is_image_folder, open_shards
+from sslvit.data.pack import pack_source
 from sslvit.data.remote import ShardCache
 
 
@@ -99,6 +100,20 @@ def test_shards_that_were_purged_from_the_cache_are_packed_again(tmp_path: Path,
     again = open_shards(source, cache)
     assert not again.missing_shards()
     assert (again.location, again.fingerprint()) == (before.location, before.fingerprint())
+
+
+def test_images_beside_a_tar_are_not_left_out_silently(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, cache = image_folder(tmp_path / "in"), ShardCache(tmp_path / "cache")
+    pack_source(source, tmp_path / "packed")
+    shutil.copy(tmp_path / "packed" / "shard-000000.tar", source / "backup.tar")
+    assert open_shards(source, cache).classes == ["0", "1"]
+    printed = capsys.readouterr()
+    assert "in: its .tar files are read as shards, and the images beside them (the first: cat/im.000.png)" in (
+        printed.out + printed.err
+    )
+    (tmp_path / "packed" / "index.json").unlink()
+    open_shards(tmp_path / "packed", cache)
+    assert "the images beside them" not in "".join(capsys.readouterr())
 
 
 def test_a_class_may_be_called_packing(tmp_path: Path) -> None:

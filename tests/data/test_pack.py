@@ -322,7 +322,7 @@ def test_a_fault_of_the_machine_ends_a_packing_and_no_image_is_lost(tmp_path: Pa
         return read(images, item)
 
     monkeypatch.setattr(FileImages, "read", failing)
-    with pytest.raises(RuntimeError, match=rf"im.007.png: could not be read .{os.strerror(code)}.*goes on") as error:
+    with pytest.raises(RuntimeError, match=rf"im.007.png: could not be read .{os.strerror(code)}.*resumes") as error:
         pack_source(source, tmp_path / "out", SMALL, workers=1)
     assert REMEDIES[code] in str(error.value)
     monkeypatch.undo()

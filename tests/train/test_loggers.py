@@ -183,8 +183,8 @@ def test_a_tracker_whose_server_goes_away_is_reported_once_and_the_run_goes_on(
     assert list(other.numbers) == [line["step"] for line in folder.read_metrics()] == list(range(1, 8))
     said = capsys.readouterr().out
     assert (
-        "warning: Recorded: max retries exceeded with url: /api. The run goes on without it; metrics.jsonl gets the "
-        "same lines\n"
+        "warning: Recorded: max retries exceeded with url: /api. The run continues without it; metrics.jsonl has the "
+        "same numbers\n"
     ) in said
     assert said.count("max retries") == 1
 
@@ -195,7 +195,7 @@ def test_a_tracker_that_does_not_take_a_run_is_an_error_but_one_that_has_taken_i
 ) -> None:  # fmt: skip
     monkeypatch.setattr(mlflow, "is_away", True)
     with pytest.raises(
-        RuntimeError, match=r"^train\.mlflow ours: MLflow does not take this run \(max .* url: /api\)\. "
+        RuntimeError, match=r"^train\.mlflow ours: MLflow did not accept this run \(max .* url: /api\)\. "
     ):
         run(shards, tmp_path / "run", **{"train.mlflow": "ours"})
     monkeypatch.setattr(mlflow, "is_away", False)
@@ -203,7 +203,9 @@ def test_a_tracker_that_does_not_take_a_run_is_an_error_but_one_that_has_taken_i
     monkeypatch.setattr(mlflow, "is_away", True)
     folder = run(shards, tmp_path / "run", resume=True, **{"train.mlflow": "ours", "train.steps": 9})
     assert folder.read_metrics()[-1]["step"] == 9
-    assert "warning: MLflow: max retries exceeded with url: /api. The run goes on without it" in capsys.readouterr().out
+    assert (
+        "warning: MLflow: max retries exceeded with url: /api. The run continues without it" in capsys.readouterr().out
+    )
 
 
 def test_a_resumed_run_goes_on_offline_while_weights_and_biases_is_down(
@@ -240,7 +242,7 @@ def test_a_resumed_run_goes_on_offline_while_weights_and_biases_is_down(
         monkeypatch.delenv(name)
     changes = {"train.wandb": "ours"}
     with pytest.raises(
-        RuntimeError, match=r"^train\.wandb ours: Weights & Biases does not take this run \(context dead"
+        RuntimeError, match=r"^train\.wandb ours: Weights & Biases did not accept this run \(context dead"
     ):
         run(shards, tmp_path / "run", **changes)
     Fake.is_down = False
@@ -253,5 +255,5 @@ def test_a_resumed_run_goes_on_offline_while_weights_and_biases_is_down(
     assert (offline.mode, list(offline.numbers), ended) == ("offline", [8, 9], ["its process"])
     said = capsys.readouterr().out
     sync = f"send what is missing later: wandb sync {folder.path}/wandb/*run-*-{offline.version}\n"
-    assert f"warning: Weights & Biases: context deadline exceeded. The run goes on offline; {sync}" in said
-    assert f"warning: Fake: timed out. The run goes on without it; metrics.jsonl gets the same lines; {sync}" in said
+    assert f"warning: Weights & Biases: context deadline exceeded. The run continues offline; {sync}" in said
+    assert f"warning: Fake: timed out. The run continues without it; metrics.jsonl has the same numbers; {sync}" in said
