@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from sslvit.progress import track_counter
 from sslvit.stopping import Preempted
 
 PARENT_CHECK_SECONDS = 0.5  # between checks that a worker's parent still runs
+SIGNAL_CHECK_SECONDS = 1.0  # a signal that arrives just as a wait begins is handled only when the wait ends
 Result = TypeVar("Result")
 Tick = Callable[[int], None]  # reports the number of units completed since the last call
 _state: tuple[Callable[[int, Tick], Any], Any] | None = None  # in a worker process: the job and the shared counter
@@ -43,8 +45,11 @@ def in_parallel(
     others = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, context, _start, (job, done)) as pool:
         try:
-            with track_counter(what, total, unit, lambda: done.value):
-                yield from pool.map(_run, numbers)
+            with track_counter(what, total, unit, lambda: done.get_obj().value):
+                futures = deque(pool.submit(_run, number) for number in numbers)
+                while futures:
+                    wait_for_one({futures[0]})
+                    yield futures.popleft().result()
         except BrokenProcessPool as error:
             raise RuntimeError(f"{what}: a process was killed, perhaps for its memory. Use fewer --workers.") from error
         except (KeyboardInterrupt, Preempted, GeneratorExit):  # do not wait for unfinished work
@@ -53,6 +58,13 @@ def in_parallel(
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def wait_for_one(futures: set[Future[Result]]) -> tuple[set[Future[Result]], set[Future[Result]]]:
+    """Wait until at least one future is done, handling signals meanwhile; returns those done and the others."""
+    while not (done := wait(futures, SIGNAL_CHECK_SECONDS, FIRST_COMPLETED).done):
+        pass
+    return done, futures - done
 
 
 def _start(job: Callable[[int, Tick], Any], done: Any) -> None:

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from sslvit.data.parallel import wait_for_one
 from sslvit.environment import cpu_cores
 from sslvit.files import printable
 from sslvit.plugins import named_modules
@@ -38,9 +39,11 @@ def pretrain_side_by_side(runs: dict[str, tuple[str, dict[str, Any]]]) -> None:
     processes, is_over = Processes(), threading.Event()
     with ThreadPoolExecutor(min(cpu_cores(), len(runs))) as pool:
         try:
-            started = [pool.submit(_pretrain, processes, is_over, name, *run) for name, run in runs.items()]
-            for done in as_completed(started):
-                done.result()
+            running = {pool.submit(_pretrain, processes, is_over, name, *run) for name, run in runs.items()}
+            while running:
+                done, running = wait_for_one(running)
+                for run in done:
+                    run.result()
         except BaseException:
             is_over.set()
             for process in list(processes.values()):

@@ -134,7 +134,7 @@ def test_a_killed_packing_goes_on_where_it_was(tmp_path: Path, capfd: pytest.Cap
 
 
 SLOW_FROM_THE_THIRD_SHARD = """
-import signal, sys, time
+import os, signal, sys, threading, time
 from sslvit.cli import main
 from sslvit.data.pack_job import PackJob
 call = PackJob.__call__
@@ -146,19 +146,22 @@ def slow(self, number, tick):
     return call(self, number, tick)
 
 PackJob.__call__ = slow
+if os.environ.get("WAKES_ANOTHER_THREAD"):  # as if the signal arrived just before the main thread begins to wait
+    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 sys.exit(main())
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["terminal", "parent"])
+@pytest.mark.parametrize("whom", ["terminal", "parent", "another thread of the parent"])
 def test_a_packing_that_is_interrupted_keeps_what_is_finished(tmp_path: Path, capfd, whom: str) -> None:
     source, folder = image_folder(tmp_path / "in", count=25), tmp_path / "out" / "packing"
     pack_source(source, tmp_path / "whole", SMALL, workers=1)
     words = ["shards", "pack", str(source), str(tmp_path / "out"), "--shard-mb", "0.005", "--workers", "2"]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_FROM_THE_THIRD_SHARD, *words], start_new_session=True, stderr=subprocess.PIPE,
-        text=True,
+        text=True, env=os.environ | ({"WAKES_ANOTHER_THREAD": "1"} if "thread" in whom else {}),
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while len(list(folder.glob("shard-*.json"))) < 2:
