@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
+
+from torch import nn
 
 from sslvit.data.open import open_shards
 from sslvit.data.plan import evenly_spaced
@@ -128,7 +131,7 @@ def knn(
 @takes_datasets("train", "val", labels="read")
 @keeps_devices
 def compare(
-    encoders: Mapping[str, EncoderLike] | Sequence[str | Path],
+    encoders: Mapping[str, EncoderLike] | Sequence[str | os.PathLike[str]],
     train: DataLike,
     val: DataLike | None = None,
     **settings: Unpack[ProbeKeywords],
@@ -136,7 +139,7 @@ def compare(
     """Score several frozen encoders in one table; without labels, by the measures of `health`.
 
     Args:
-        encoders: Row name -> encoder, or a list of paths, which also name the rows.
+        encoders: Row name -> encoder, or a list of paths or runs, whose paths name the rows.
         train: Labeled shards or class folders used to fit the heads, or images without labels.
         val: Data used to compute the scores; may be None only for images without labels.
         settings: Further fields of `ProbeSettings`; protocol=None scores by nearest neighbors only.
@@ -145,16 +148,15 @@ def compare(
         A `ProbeTable`; without labels, a `MeasureTable` of at most 5,000 images.
 
     Raises:
-        ValueError: No encoders, encoders for images of different channels, or data that cannot be probed.
+        ValueError: No encoders, modules without names, the same path twice, encoders for images of different channels,
+            or data that cannot be probed.
         FileNotFoundError: An encoder or the shards do not exist.
 
     Example:
         table = sslvit.compare({"MAE": "runs/mae", "DINO": "runs/dino"}, "shards/train", "shards/val")
         print(table)
     """
-    named = encoders if isinstance(encoders, Mapping) else {str(path): path for path in encoders}
-    if not named:
-        raise ValueError("encoders: none given. Give a dict of names and encoders, or a list of paths.")
+    named = _by_row(encoders)
     found = from_keywords(ProbeSettings, {"train": path_of(train), "val": path_of(val or train), **settings})
     with all_ranks():
         networks = {name: open_encoder(encoder) for name, encoder in named.items()}
@@ -163,6 +165,25 @@ def compare(
         if val is None:
             raise ValueError("--val: labeled images are scored on others than heads are fitted on. Give --val, too.")
         return probing.probe(networks, found)
+
+
+def _by_row(encoders: Mapping[str, EncoderLike] | Sequence[str | os.PathLike[str]]) -> Mapping[str, EncoderLike]:
+    """Row name -> encoder, where paths name their own rows.
+
+    Raises:
+        ValueError: There are no encoders, several with the same row, or modules, which have no name.
+    """
+    if not isinstance(encoders, Mapping):
+        paths = [encoders] if isinstance(encoders, (str, os.PathLike, nn.Module)) else list(encoders)
+        if any(isinstance(path, nn.Module) for path in paths):
+            raise ValueError('encoders: a module has no name for its row. Give a dict, such as {"MAE": encoder}.')
+        rows = [os.fspath(path) for path in paths]
+        if len(set(rows)) < len(rows):
+            raise ValueError("encoders: the same one twice. Name each encoder once.")
+        encoders = dict(zip(rows, paths, strict=True))
+    if not encoders:
+        raise ValueError("encoders: none given. Give a dict of names and encoders, or a list of paths.")
+    return encoders
 
 
 @for_python

@@ -38,6 +38,7 @@ from sslvit.settings.probe import KNNSettings, ProbeSettings
 from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.base import Task
 from sslvit.tasks.released import load_mae
+from sslvit.train.folder import RunFolder
 
 FUNCTIONS = (
     "bench", "check", "compare", "embed", "export", "finetune", "fit_palette", "health", "knn", "likelihood",
@@ -175,6 +176,20 @@ def test_encoders_are_compared_in_one_table(here: Path, tmp_path: Path) -> None:
     measures = sslvit.compare([here / "one", here / "two"], flat)
     assert list(measures.rows)[2:] == [str(here / "one"), str(here / "two")]
     assert measures.rows[str(here / "two")] == sslvit.health(here / "two", flat).rows["encoder"]
+
+
+def test_runs_name_their_rows_and_no_encoder_of_a_list_is_left_out(here: Path) -> None:
+    """Objects of one architecture print alike, so rows named after their text would be one."""
+    data, given = (here / "train", here / "val"), {"protocol": None, "neighbors": [3], "baselines": False}
+    one, two = here / "one", RunFolder(here / "two")
+    assert list(sslvit.compare([one, two], *data, **given).rows) == [str(one), str(two.path)]
+    assert list(sslvit.compare(str(one), *data, **given).rows) == [str(one)]
+    with pytest.raises(ValueError, match="a module has no name for its row. Give a dict"):
+        sslvit.compare([sslvit.load_encoder(one), sslvit.load_encoder(two)], *data, **given)
+    with pytest.raises(ValueError, match="the same one twice"):
+        sslvit.compare([one, str(one)], *data, **given)
+    with pytest.raises(ValueError, match="none given"):
+        sslvit.compare([], *data, **given)
 
 
 def test_the_command_prints_what_the_function_returns(

@@ -97,8 +97,6 @@ class CompareOptions(Saved, ProbeSettings):
 def run_compare(options: CompareOptions) -> None:
     """Score encoders, and print the table."""
     check_new(options.output)
-    if len(set(options.encoders)) < len(options.encoders):
-        raise ValueError("ENCODER: the same one twice. Name each encoder once.")
     from sslvit.evaluation import compare
 
     table = compare(options.encoders, **vars(only(ProbeSettings, options)))
