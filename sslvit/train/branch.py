@@ -49,10 +49,14 @@ def branch(run: str | os.PathLike[str], out: str | os.PathLike[str], step: int |
         copy = RunFolder(temporary)
         _copy(source, checkpoint, copy)
         check_checkpoint(copy.checkpoint)
-        if step is not None and _step_of(copy.checkpoint) != step:
+        copied = _step_of(copy.checkpoint)
+        if step is not None and copied != step:
             raise ValueError(
                 f"--step {step}: {printable(source.path)} went on and replaced it meanwhile. Take a later one."
             )
+        if copy.metrics.is_file():
+            copy.cut_metrics(copied)
+        copy.cut_samples_read(copied)
         os.replace(temporary, new.path)
     except OSError as error:
         raise write_error(new.path, error) from error
@@ -93,9 +97,9 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _copy(source: RunFolder, checkpoint: Path, new: RunFolder) -> None:
-    """Copy settings, checkpoint and records; a resume cuts the records at the checkpoint's step."""
+    """Copy settings, checkpoint and records, also those of later steps; the checkpoint holds what ledger.json tells."""
     new.checkpoint.parent.mkdir(parents=True)
-    for path in (source.config, source.metrics, source.ledger):
+    for path in (source.config, source.metrics):
         if path.is_file():
             shutil.copyfile(path, new.path / path.name)
     if source.samples.is_dir():

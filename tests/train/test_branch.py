@@ -31,6 +31,20 @@ def test_a_branch_cools_down_to_the_very_run_of_that_length(shards: Path, tmp_pa
     )
 
 
+def test_a_branch_knows_only_the_steps_before_it(shards: Path, tmp_path: Path, capsys) -> None:
+    """Also if it gets no further step, so that nothing else cuts what is written of later ones."""
+    long = run(shards, tmp_path / "long", **WSD)
+    assert main(["branch", str(long.path), "--step", "3", "--out", str(tmp_path / "new")]) == 0
+    loss = long.read_metrics()[2]["train/loss"]
+    assert f"step 3, loss {loss:.4f}" in capsys.readouterr().out
+    branch = sslvit.resume(tmp_path / "new", **{"train.steps": 3})
+    assert [line["step"] for line in branch.read_metrics()] == [1, 2, 3]
+    assert read_keys(branch) == {0: read_keys(long)[0]}  # an epoch has three steps
+    assert not branch.ledger.exists()  # that of the long run counts later samples
+    (summary,) = sslvit.runs(branch.path)
+    assert (summary.steps, summary.total_steps, summary.loss) == (3, 3, loss)
+
+
 def test_the_last_checkpoint_is_taken_without_a_step(shards: Path, tmp_path: Path, capsys) -> None:
     long = run(shards, tmp_path / "long", **{"train.steps": 4})
     main(["branch", str(long.path), "--out", str(tmp_path / "new")])
