@@ -44,6 +44,10 @@ FIXED = [
 ]
 
 
+# sections that are felt in a step only
+OF_STEPS = ("optim.", "task.", "data.view.")
+
+
 def keep_resolved(settings: RunSettings, earlier: RunFolder) -> RunSettings:
     """The settings of a resumed run, with the batch size and the length that were chosen for it before."""
     before = by_dotted_key(earlier.read_config())
@@ -124,6 +128,14 @@ def check_resumed(
     if data.start_step > data.run.total_steps:
         raise ValueError(f"resume: {folder.path} is at step {data.start_step} already, past {data.run.total_steps}.")
     changed = changes_in_words(old, new)
+    same_length = all(old.get(key) == new[key] for key in ("train.steps", "train.epochs"))
+    if data.start_step == data.run.total_steps and same_length:
+        refused = [change for change in changed if change.startswith(OF_STEPS) and not change.startswith("task.val ")]
+        if refused:
+            raise ValueError(
+                f"resume: {'; '.join(refused)} would change nothing, since all {data.start_step:,} steps are done. "
+                "Give it more with --train.steps, or leave that out."
+            )
     same_shapes = shapes == {key: value.shape for key, value in task.state_dict().items()}
     if not same_shapes or moved != [len(group["params"]) for group in task.parameter_groups()]:
         guilty = [change for change in changed if change.startswith("task.")] or changed or ["another task"]

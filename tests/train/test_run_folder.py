@@ -448,6 +448,17 @@ def test_what_a_run_cannot_become_is_refused_and_nothing_is_changed(
     assert contents(folder.path) == before
 
 
+def test_a_finished_run_does_not_record_what_no_step_has_felt(shards: Path, tmp_path: Path) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.steps": 3})
+    before = contents(folder.path)
+    for changes in ({"optim.base_lr": 0.5}, {"task.mask_ratio": 0.8}, {"data.view.flip": 0.3}):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} .* would change nothing, since all 3 steps are"):
+            sslvit.resume(folder, **changes)
+    assert contents(folder.path) == before
+    assert sslvit.resume(folder, **{"train.log_every": 5}).read_config()["train"]["log_every"] == 5
+    assert sslvit.resume(folder, **{"optim.base_lr": 0.5, "train.steps": 4}).read_config()["optim"]["base_lr"] == 0.5
+
+
 def test_a_run_keeps_the_encoder_that_it_started_from(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """Also one that is killed before its first checkpoint, and starts again."""
     first = str(run(shards, tmp_path / "first", **{"train.steps": 2}).path)
