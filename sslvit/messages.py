@@ -19,9 +19,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # boolean options, which take no value
-FLAGS = frozenset(
-    {"allow-same-data", "baselines", "download", "json", "merge", "overwrite", "private", "quiet", "resume", "scratch"}
-)
+FLAGS = frozenset({
+    "allow-same-data", "baselines", "download", "json", "measure", "merge", "overwrite", "private", "quiet", "resume",
+    "scratch",
+})  # fmt: skip
 OPTION = re.compile(
     r"""(?<![^\s("'])(?:--(?P<name>[a-z][\w-]*(?:\.[\w-]+)*)|(?P<output>-o)\b)"""
     r"""(?P<value>[ ](?:'[^']*'|\[[^]]*\]|[A-Z]{2,}(?:\s[A-Z]{2,})*\b|[NX]\b|(?:true|false|none)\b"""

@@ -204,14 +204,6 @@ class PlanOptions(Reported, Recipe):
 
 def run_plan(options: PlanOptions) -> None:
     """Compute the plan of a run, and print it."""
-    if options.images is not None and options.data is not None:
-        raise ValueError("--images and --data: give one, a number of images or the images.")
-    if not 0 < options.utilization <= 1:
-        raise ValueError(f"--utilization {options.utilization:g}: must be in (0, 1].")
-    if options.tflops is not None and not options.tflops > 0:
-        raise ValueError(f"--tflops {options.tflops:g}: must be positive.")
-    if options.memory_gib is not None and not options.memory_gib > 0:
-        raise ValueError(f"--memory-gib {options.memory_gib:g}: must be positive.")
     check_recipe(options.config, options.changes)
     from sslvit.train.planning import plan
 

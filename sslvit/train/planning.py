@@ -173,10 +173,22 @@ def plan(
         found = sslvit.plan("mae/own_images", data="photos")
         print(found.to_dict()["run"])
     """
+    if images is not None and data is not None:
+        raise ValueError("--images and --data: give one, a number of images or the images.")
+    if images is not None and images < 1:
+        raise ValueError(f"--images {images}: must be 1 or more.")
+    if images is None and classes is not None:
+        raise ValueError("--classes: is for --images. Images themselves tell their classes.")
+    if not 0 < utilization <= 1:
+        raise ValueError(f"--utilization {utilization:g}: must be in (0, 1].")
+    if tflops is not None and not tflops > 0:
+        raise ValueError(f"--tflops {tflops:g}: must be positive.")
+    if memory_gib is not None and not memory_gib > 0:
+        raise ValueError(f"--memory-gib {memory_gib:g}: must be positive.")
     settings = read_settings(config, changes)
     if memory_gib is not None:
         if settings.train.accelerator == "cpu":
-            raise ValueError("memory-gib: the memory of a GPU, but train.accelerator is cpu. Leave one of them out.")
+            raise ValueError("--memory-gib: the memory of a GPU, but train.accelerator is cpu. Leave one of them out.")
         settings = replace(settings, train=replace(settings.train, accelerator="gpu"))
     settings = replace(settings, train=resolve_processes(settings.train))
     check_machine(settings, is_planned=True)
@@ -185,7 +197,7 @@ def plan(
     source = settings.data.shards
     if images is None:
         if source is None:
-            raise ValueError("images or data: how many images are there? Give their number, shards or a folder.")
+            raise ValueError("--images or --data: how many images are there? Give their number, shards or a folder.")
         examples = Examples.open(source, shard_cache(settings.data))
         classes = examples.classes
         images = settings.data.images_of(examples.images, examples.location, classes)
@@ -193,7 +205,7 @@ def plan(
         images = settings.data.images_of(images, "--images", classes)
         examples = Examples("", images, classes, [])
         if measure:
-            raise ValueError("measure: real steps take images, not their number. Give shards or a folder.")
+            raise ValueError("--measure: real steps take images, not their number. Give shards or a folder.")
     train, on_gpu = settings.train, trains_on_gpu(settings.train)
     if train.threads:
         torch.set_num_threads(train.threads)

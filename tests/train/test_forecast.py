@@ -167,7 +167,7 @@ def test_the_command_prints(capsys: pytest.CaptureFixture) -> None:
         (["--config", "mae/digits", "--images", "99", "--memory-gib", "0"], "--memory-gib 0"),
         (
             ["--config", "mae/digits", "--images", "99", "--memory-gib", "8", "--train.accelerator", "cpu"],
-            "memory-gib: the memory of a GPU, but train.accelerator is cpu",
+            "--memory-gib: the memory of a GPU, but train.accelerator is cpu",
         ),
     ):
         assert main(["plan", *more]) == 1

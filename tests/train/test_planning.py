@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,25 @@ def test_a_gpu_is_named_by_its_peak_or_its_memory() -> None:
     assert large.loading.workers > 0
     assert not large.loading.is_measured
     assert sslvit.plan("mae/own_images", images=100, **TINY_RUN | {"data.limit": 40}).to_dict()["images"] == 40
-    with pytest.raises(ValueError, match="measure: real steps take images"):
-        sslvit.plan("mae/own_images", images=100, measure=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"measure": True}, "measure=True: real steps take images"),
+        ({"data": "photos"}, "images= and data=: give one"),
+        ({"images": -5}, "images=-5: must be 1 or more"),
+        ({"images": None, "classes": 3}, "classes=: is for images"),
+        ({"images": None}, "images= or data=: how many images are there"),
+        ({"utilization": -1}, "utilization=-1: must be in"),
+        ({"tflops": 0}, "tflops=0: must be positive"),
+        ({"memory_gib": 0}, "memory_gib=0: must be positive"),
+        ({"memory_gib": 8, "train.accelerator": "cpu"}, "memory_gib=: the memory of a GPU"),
+    ],
+)
+def test_arguments_that_a_plan_would_not_heed_are_refused(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sslvit.plan("mae/own_images", **{"images": 100} | given)
 
 
 def test_real_steps_are_timed_and_leave_nothing(photos: Path, capsys: pytest.CaptureFixture) -> None:
