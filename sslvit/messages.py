@@ -28,7 +28,8 @@ OPTION = re.compile(
     r"""(?P<value>[ ](?:'[^']*'|\[[^]]*\]|[A-Z]{2,}(?:\s[A-Z]{2,})*\b|[NX]\b|(?:true|false|none)\b"""
     r"""|-?\d\S*?(?=[:,;.)]*(?:\s|$))|(?!\()\S*[^\s:,;.)](?=[:,;.)]+(?:\s|$)|$)))?"""
 )
-SHELL = re.compile(r"\b(?:sslvit [a-z]+|pip install|docker run)\b[^;:()]*$")  # shell commands are not rewritten
+# a shell command, which is not rewritten: up to the end of its sentence
+SHELL = re.compile(r"\b(?:sslvit [a-z]+|pip install|docker run)\b(?:(?!\.\s)[^;:()])*$")
 WORDS = {"true": "True", "false": "False", "none": "None"}
 _is_command_line = False
 

@@ -312,6 +312,10 @@ def test_a_table_in_a_notebook_runs_no_code() -> None:
         ("--layers 1,9: expected all", "layers=1,9: expected all"),
         ("All recipes: sslvit settings --recipes", "All recipes: sslvit settings --recipes"),
         ("a--b and /x/--y are paths", "a--b and /x/--y are paths"),
+        (
+            "To go on with it: sslvit resume runs/a.b --data x. Or pass --overwrite.",
+            "To go on with it: sslvit resume runs/a.b --data x. Or pass overwrite=True.",
+        ),
     ],
 )  # fmt: skip
 def test_options_are_written_as_arguments(text: str, expected: str) -> None:
