@@ -11,6 +11,7 @@ import yaml
 
 from sslvit.cli import main
 from sslvit.settings.load import load_recipe, recipes_folder
+from sslvit.settings.typed import read_value
 
 
 def write(folder: Path, **texts: str) -> None:
@@ -43,6 +44,23 @@ def test_precedence_is_the_order_of_speech_over_several_bases(tmp_path: Path) ->
     assert (b.data.shards, b.data.mixture, b.train.epochs) == (None, {"b": 1}, 10)
     c = load_recipe(tmp_path / "c.yaml")
     assert (c.task.name, c.data.view.kind, c.encoder.depth, c.seed) == ("dino", "multi_crop", 3, 1)
+
+
+def test_a_section_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+    """YAML's own readers keep the later one alone, so the run would have the base's length."""
+    write(
+        tmp_path,
+        twice="base: mae/digits\ntrain: {epochs: 3}\nseed: 1\ntrain: {log_every: 3}\n",
+        inside="base: mae/digits\ntrain:\n  epochs: 3\n  epochs: 4\n",
+        merged="base: mae/digits\nencoder: {<<: &small {width: 32, heads: 2}, width: 64}\n",
+    )
+    with pytest.raises(ValueError, match=r"twice.yaml: .*train stands there twice, again in line 4: put both together"):
+        load_recipe(tmp_path / "twice.yaml")
+    with pytest.raises(ValueError, match=r"epochs stands there twice, again in line 4"):
+        load_recipe(tmp_path / "inside.yaml")
+    encoder = load_recipe(tmp_path / "merged.yaml").encoder  # a merge key may be overridden
+    assert (encoder.width, encoder.heads) == (64, 2)
+    assert read_value("{a: 1, a: 2}") == "{a: 1, a: 2}"
 
 
 def test_a_base_is_found_beside_the_file_and_keeps_its_palette(tmp_path: Path, monkeypatch) -> None:

@@ -39,6 +39,25 @@ MAX_YAML_BYTES = 2**23
 MAX_YAML_VALUES = 500_000  # aliases can expand a few bytes to any number of values
 
 
+class Loader(yaml.SafeLoader):
+    """Loader of YAML that refuses a key that stands twice in a section, where the later one would replace the other."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a section, and compare its keys.
+
+        Raises:
+            ValueError: A key stands there twice.
+        """
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                line = key.start_mark.line + 1
+                raise ValueError(f"{brief(key.value)} stands there twice, again in line {line}: put both together")
+            seen.add((key.tag, key.value))
+        return node
+
+
 @for_python
 def load_recipe(
     config: str | Path, changes: dict[str, Any] | None = None, base: EncoderSettings | None = None
@@ -296,7 +315,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_YAML_BYTES:
         raise ValueError(f"{printable(path)}: {path.stat().st_size:,} bytes are too many for settings.")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except YAML_ERRORS as error:
         reason = printable(" ".join(str(error).split()), 160)
         raise ValueError(f"{printable(path)}: not readable as YAML ({reason}).") from error

@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from sslvit.settings.load import YAML_ERRORS
+from sslvit.settings.load import YAML_ERRORS, Loader
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _PlainLoader(Loader):
     """YAML loader for null, true, false, numbers, text, lists and dicts; dates stay text, as in folder names."""
 
 
