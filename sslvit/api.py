@@ -248,7 +248,7 @@ def export(
     *,
     outputs: str = "features",
     size: str | None = None,
-    scores: Sequence[str | Path] = (),
+    scores: str | Path | Sequence[str | Path] = (),
     license: str | None = None,
     push: str | None = None,
     private: bool = False,
@@ -265,7 +265,7 @@ def export(
             (an MAE run with its decoder, for transformers).
         size: fixed (images of one size) or dynamic (any size that the patch size divides); None for the format's
             default.
-        scores: Files with scores for the model card.
+        scores: File with scores for the model card, or several.
         license: License on the model card, by its identifier on the Hugging Face hub, such as "apache-2.0".
         push: ORG/NAME of a model on the hub, to which the export is committed. The model is created if it does not
             exist.
@@ -290,6 +290,7 @@ def export(
     if push is not None:
         hub.check(push, overwrite)
     out = expand_path(out)
+    scores = [scores] if isinstance(scores, (str, Path)) else scores
     verdict = export_encoder(
         expand_path(os.fspath(encoder)), out, format, outputs=outputs, size=size, scores=scores, license=license,
         overwrite=overwrite, **overrides,

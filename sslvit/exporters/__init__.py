@@ -148,6 +148,8 @@ def export_encoder(
     exporter = find_exporter(kind)
     if outputs == "reconstruction" and exporter is not transformers:
         raise ValueError(f"--outputs reconstruction: {kind} has no decoder of MAE. Use --format transformers.")
+    if size not in (None, "fixed", "dynamic"):
+        raise ValueError(f"--size {size}: not one of fixed, dynamic.")
     destination.check(out, overwrite)
     known_scores(source, files)
     encoder = require_transformer(load_encoder(source, weights=weights, **overrides), f"--format {kind}")

@@ -18,6 +18,7 @@ from export_fixtures import SMALL, saved, shaken
 from run_fixtures import run, weights
 from safetensors.torch import load_file, save_file
 
+import sslvit
 from sslvit.checkpoint import fingerprint, load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.array_images import array_samples
@@ -37,6 +38,15 @@ def test_safetensors_hold_every_encoder(tmp_path: Path) -> None:
     assert export_encoder(tmp_path / "e", tmp_path / "out", "safetensors")["largest_difference"] == 0
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(load_encoder(tmp_path / "out").features(images), encoder.features(images))
+
+
+def test_words_that_python_lets_through_are_checked(tmp_path: Path) -> None:
+    """A size that is misspelled would be a fixed one, and a file by itself its letters."""
+    saved(tmp_path / "e")
+    with pytest.raises(ValueError, match='size="dynamc": not one of fixed, dynamic'):
+        sslvit.export(tmp_path / "e", tmp_path / "out", "torch", size="dynamc")
+    with pytest.raises(ValueError, match="nothing.json"):
+        sslvit.export(tmp_path / "e", tmp_path / "out", "safetensors", scores=str(tmp_path / "nothing.json"))
 
 
 def test_a_wrong_export_fails_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
