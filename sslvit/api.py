@@ -117,7 +117,7 @@ def resume(
         run = sslvit.resume("runs/photos", **{"train.epochs": 20})
         print(run)
     """
-    folder = RunFolder(expand_path(os.fspath(run)))
+    folder = RunFolder(expand_path(run))
     if not folder.config.is_file():
         raise ValueError(f"{run}: not a run folder (no config.yaml). Give what was given as --out.")
     for key in ("out", "init"):
@@ -184,7 +184,7 @@ def finetune(
         run = sslvit.finetune("runs/photos", "shards/train", "shards/val", out="runs/finetuned")
         print(run.to_dict()["scores"]["top1"])
     """
-    name = None if encoder is None else expand_path(os.fspath(encoder))
+    name = None if encoder is None else _path_of(encoder)
     changes |= own_key(backbone, changes)
     with given_backbone(backbone):
         start = None if name is None else for_labels(load_encoder(name).settings)
@@ -240,6 +240,20 @@ def for_labels(settings: EncoderSettings) -> EncoderSettings:
     return replace(settings, feature_layer=None, feature_norm="final")
 
 
+def _path_of(encoder: str | os.PathLike[str]) -> str:
+    """An encoder's path or name.
+
+    Raises:
+        ValueError: It is the encoder itself, whose origin and decoder or classifier are unknown.
+    """
+    if not isinstance(encoder, (str, os.PathLike)):
+        raise ValueError(
+            f"encoder: {type(encoder).__name__} is a network, and this takes a path or a name. Give its run, or "
+            "save it first: sslvit.save_encoder(encoder, FOLDER)."
+        )
+    return expand_path(encoder)
+
+
 @for_python
 def export(
     encoder: str | os.PathLike[str],
@@ -292,7 +306,7 @@ def export(
     out = expand_path(out)
     scores = [scores] if isinstance(scores, (str, Path)) else scores
     verdict = export_encoder(
-        expand_path(os.fspath(encoder)), out, format, outputs=outputs, size=size, scores=scores, license=license,
+        _path_of(encoder), out, format, outputs=outputs, size=size, scores=scores, license=license,
         overwrite=overwrite, **overrides,
     )  # fmt: skip
     made = Export(Path(out), verdict)

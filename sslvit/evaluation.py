@@ -26,6 +26,7 @@ from sslvit.messages import for_python
 from sslvit.models import Encoder
 from sslvit.ranks import all_ranks, is_first_rank
 from sslvit.settings import ProbeSettings
+from sslvit.settings.bench import PIXELS
 from sslvit.settings.keywords import KNNKeywords, ProbeKeywords
 from sslvit.settings.load import from_keywords
 from sslvit.settings.probe import Device, KNNSettings, Pooling, Precision
@@ -183,6 +184,8 @@ def _by_row(encoders: Mapping[str, EncoderLike] | Sequence[str | os.PathLike[str
         encoders = dict(zip(rows, paths, strict=True))
     if not encoders:
         raise ValueError("encoders: none given. Give a dict of names and encoders, or a list of paths.")
+    if PIXELS in encoders:
+        raise ValueError(f"encoders: {PIXELS} is the name of the baseline's row. Choose another.")
     return encoders
 
 

@@ -135,5 +135,5 @@ def likelihood(
 
 def _pixel_model(run: str | os.PathLike[str] | IGPTModel, device: Device) -> IGPTModel:
     """Load a pixel model, unless it is one already, and move it to a device."""
-    model = run if isinstance(run, IGPTModel) else load_igpt(expand_path(os.fspath(run)))
+    model = run if isinstance(run, IGPTModel) else load_igpt(expand_path(run))
     return model.to(pick_device(device))

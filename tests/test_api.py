@@ -190,6 +190,18 @@ def test_runs_name_their_rows_and_no_encoder_of_a_list_is_left_out(here: Path) -
         sslvit.compare([one, str(one)], *data, **given)
     with pytest.raises(ValueError, match="none given"):
         sslvit.compare([], *data, **given)
+    with pytest.raises(ValueError, match="encoders: raw pixels is the name of the baseline's row"):
+        sslvit.compare({"raw pixels": one}, *data)
+
+
+def test_a_network_where_its_path_is_needed_is_refused_with_the_remedy(here: Path, tmp_path: Path) -> None:
+    encoder, data = sslvit.load_encoder(here / "one"), (here / "train", here / "val")
+    with pytest.raises(ValueError, match=r"encoder: \w+ is a network.* sslvit.save_encoder\(encoder, FOLDER\)"):
+        sslvit.export(encoder, tmp_path / "out", "timm")
+    with pytest.raises(ValueError, match="is a network"):
+        sslvit.finetune(encoder, *data, out=tmp_path / "run")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_prints_what_the_function_returns(

@@ -63,7 +63,7 @@ def encoded(image: ImageLike) -> bytes:
         BadImage: not a supported image.
     """
     if isinstance(image, (str, os.PathLike)):
-        return Path(expand_path(os.fspath(image))).read_bytes()
+        return Path(expand_path(image)).read_bytes()
     if isinstance(image, Image.Image):
         return _encoded_picture(image)
     if not isinstance(image, np.ndarray):

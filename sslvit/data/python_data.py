@@ -132,7 +132,20 @@ def samples_of(dataset: Any, label_column: str | None = None) -> Samples:
         )
     if not len(dataset):
         raise ValueError(f"{kind}: no images in it.")
+    if _is_pair(dataset):
+        raise ValueError(
+            f"{kind}: images and their labels, which would be taken for two images. Give samples of (image, label), "
+            "such as list(zip(images, labels))."
+        )
     return Samples(plain_columns(dataset, label_column) if is_hugging_face(dataset) else dataset)
+
+
+def _is_pair(dataset: Any) -> bool:
+    """Whether a list of two holds all images and all labels."""
+    if not isinstance(dataset, (tuple, list)) or len(dataset) != 2:
+        return False
+    images, labels = dataset
+    return getattr(images, "ndim", 0) >= 3 and (isinstance(labels, (list, tuple)) or getattr(labels, "ndim", 0) == 1)
 
 
 def python_index(dataset: Any) -> PythonIndex:

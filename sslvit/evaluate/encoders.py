@@ -52,7 +52,7 @@ def open_encoder(encoder: EncoderLike, crop_fraction: float | None = None, size:
     elif isinstance(encoder, nn.Module):
         found = Backbone(encoder)
     else:
-        found = load_encoder(expand_path(os.fspath(encoder)))
+        found = load_encoder(expand_path(encoder))
     changes: dict[str, Any] = {}
     if crop_fraction is not None:
         if not 0 < crop_fraction <= 1:

@@ -205,14 +205,14 @@ def _load_decoder(source: EncoderLike) -> MAEModel:
             "show reconstruct: takes the folder of a run of MAE or a model of sslvit.tasks.released.load_mae, since an "
             "encoder has no decoder."
         )
-    return load_mae(expand_path(os.fspath(source)))
+    return load_mae(expand_path(source))
 
 
 def _read_recipe(what: str, config: EncoderLike, changes: dict[str, Any]) -> RunSettings:
     """Read the settings of a recipe or of a run."""
     if not isinstance(config, (str, os.PathLike)):
         raise ValueError(f"show {what}: takes a recipe, a YAML file or a run folder; an encoder does not tell it.")
-    run = RunFolder(expand_path(os.fspath(config)))
+    run = RunFolder(expand_path(config))
     return read_settings(run.config if run.is_run else os.fspath(config), changes)
 
 

@@ -53,7 +53,7 @@ def plan_sweep(
     Raises:
         ValueError: A combination is invalid, or two are the same run; the message names them.
     """
-    given = {"data.shards": data and expand_path(data), "init": init and expand_path(os.fspath(init))}
+    given = {"data.shards": data and expand_path(data), "init": init and expand_path(init)}
     given = {key: value for key, value in given.items() if value is not None}
     for key in ("out", "init", "data.shards", "data.mixture"):
         if key in grid and (key == "out" or key in given or (data and key == "data.mixture")):

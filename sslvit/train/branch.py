@@ -38,7 +38,7 @@ def branch(run: str | os.PathLike[str], out: str | os.PathLike[str], step: int |
         run = sslvit.branch("runs/mae", "runs/mae-8000", step=6400)
         sslvit.resume(run, **{"train.steps": 8000})
     """
-    source, new = RunFolder(expand_path(os.fspath(run))), RunFolder(expand_path(os.fspath(out)))
+    source, new = RunFolder(expand_path(run)), RunFolder(expand_path(out))
     if not source.config.is_file():
         raise ValueError(f"{printable(source.path)}: not a run folder (no config.yaml). Give what was given as --out.")
     if os.path.lexists(new.path) and not (new.path.is_dir() and not any(new.path.iterdir())):

@@ -75,14 +75,14 @@ def report(
     given = [runs] if isinstance(runs, (str, os.PathLike)) else list(runs)
     if not given:
         raise ValueError("RUN: none given. Name one run folder or several.")
-    folders = [RunFolder(expand_path(os.fspath(one))) for one in given]
+    folders = [RunFolder(expand_path(one)) for one in given]
     for folder in folders:
         if not folder.is_run:
             raise ValueError(f"{printable(folder.path)}: not a run folder (no config.yaml of a run).")
     if len({folder.path.resolve() for folder in folders}) < len(folders):
         raise ValueError("RUN: the same folder twice. Name each run once.")
     path = folders[0].page if len(folders) == 1 else Path(folders[0].page.name)
-    path = Path(expand_path(os.fspath(output))) if output else path
+    path = Path(expand_path(output)) if output else path
     if path.suffix != ".html":
         raise ValueError(f"{printable(path)}: a page is written as HTML. Choose a name that ends in .html.")
     if path.exists() and not is_page(path, PAGE):

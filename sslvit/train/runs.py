@@ -138,7 +138,7 @@ def runs(folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> 
     """
     named = [folders] if isinstance(folders, (str, os.PathLike)) else folders
     unreadable: dict[str, str] = {}
-    found = list_runs(find_runs([Path(expand_path(os.fspath(folder))) for folder in named], unreadable))
+    found = list_runs(find_runs([Path(expand_path(folder)) for folder in named], unreadable))
     return RunList(sorted(found, key=lambda run: _split_numbers(run.path)), found.damaged | unreadable)
 
 

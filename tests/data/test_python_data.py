@@ -309,6 +309,11 @@ class Streamed(IterableDataset):
         ),
         ({"train": 1, "test": 2}, r"dict: several data sets. Give one of them: data\['train'\]"),
         (Wrapped([]), "Wrapped: no images in it"),
+        (
+            (np.zeros((9, 8, 8, 3), np.uint8), np.arange(9)),
+            r"tuple: images and their labels.* list\(zip\(images, labels",
+        ),
+        ([torch.zeros(9, 3, 8, 8), [0] * 9], "list: images and their labels"),
     ],
 )
 def test_what_gives_no_samples_by_number_is_refused_with_the_reason(data: Any, message: str) -> None:
