@@ -66,8 +66,8 @@ def test_a_process_whose_first_one_says_nothing_walks_by_itself(tmp_path: Path, 
     assert len(open_shards(source, cache)) == 20  # of another start: this process has no first one
     shutil.copy(source / "cat" / "im.001.png", source / "cat" / "new.png")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr("sslvit.data.first_rank.MAX_WAIT_SECONDS", 0.2)
-    monkeypatch.setattr("sslvit.data.first_rank.os.getppid", lambda: 1)
+    monkeypatch.setattr("sslvit.data.open_folder.MAX_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("sslvit.data.open_folder.os.getppid", lambda: 1)
     assert len(open_shards(source, cache)) == 21
     assert "waiting for the first process on this machine" in capsys.readouterr().out
 

@@ -210,14 +210,14 @@ FAULTS = [
     ),
     Fault(
         "Every process of a machine walks an image folder",
-        "sslvit/data/first_rank.py",
+        "sslvit/data/open_folder.py",
         '        return os.environ["LOCAL_RANK"] == "0"\n',
         "        return True\n",
         (f"{OPEN_FOLDER}::test_only_the_first_process_of_a_machine_walks_an_image_folder",),
     ),
     Fault(
         "What an earlier start found counts for this one",
-        "sslvit/data/first_rank.py",
+        "sslvit/data/open_folder.py",
         'if not set(_launches()).isdisjoint(about["launches"]):',
         "if True:",
         (f"{OPEN_FOLDER}::test_a_process_whose_first_one_says_nothing_walks_by_itself",),
