@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from sslvit.files import printable
 from sslvit.layouts import dino, dinov2, dinov3, mae, openai_igpt, timm, transformers, vit_mae
-from sslvit.layouts.nearest import nearest_layout
 from sslvit.layouts.preprocessing import SATELLITE, SATELLITE_IMAGES, guess_from_file_name
-from sslvit.layouts.unwrap import unwrap
+from sslvit.layouts.unwrap import shared_prefix, unwrap
 from sslvit.layouts.vit import HEADS, Converted, describe_architecture
+from sslvit.models import ViTEncoder
+from sslvit.settings import EncoderSettings, preset
 
 
 class Layout(Protocol):
@@ -36,6 +39,14 @@ LAYOUTS: dict[str, Layout] = {  # from the most specific to the most general
     "mae": mae, "openai_igpt": openai_igpt, "dinov3": dinov3, "dinov2": dinov2, "dino": dino, "timm": timm,
     "transformers": transformers,
 }  # fmt: skip
+tiny = partial(EncoderSettings, image_size=[4, 4], patch=2, width=4, depth=1, heads=1)
+EXAMPLES = {  # encoders of one block, to name the layout nearest to unknown weights; mae and dino have timm's names
+    "timm": tiny(),
+    "transformers": tiny(),
+    "dinov2": tiny(layer_scale=1.0, mask_token=True),
+    "dinov3": tiny(layer_scale=1.0, mask_token=True, pos_embed="rotary_2d_normalized", key_bias=False, registers=4),
+    "openai_igpt": preset("igpt_small", width=4, depth=1, heads=1, image_size=4),
+}
 
 
 def find_layout(name: str) -> Layout:
@@ -56,9 +67,31 @@ def recognize_layout(keys: set[str], source: str) -> str:
             return name
     some = printable(", ".join(sorted(keys)[:4]))
     raise ValueError(
-        f"{source}: no known layout has these weights ({some}, ...). {nearest_layout(keys, LAYOUTS)}"
-        f"Known: {', '.join(LAYOUTS)}."
+        f"{source}: no known layout has these weights ({some}, ...). {nearest_layout(keys)}Known: {', '.join(LAYOUTS)}."
     )
+
+
+def nearest_layout(keys: set[str]) -> str:
+    """A sentence on the layout that matches best; empty if less than a third of every layout's names are present."""
+    prefix = shared_prefix(keys)
+    keys = keys | {key.removeprefix(prefix) for key in keys}
+    found = {name: expected_names(LAYOUTS[name], settings) for name, settings in EXAMPLES.items()}
+    name, expected = max(found.items(), key=lambda item: len(item[1] & keys) / len(item[1]))
+    if len(expected & keys) < len(expected) / 3:
+        return ""
+    missing = sorted(expected - keys)
+    if not missing:
+        return f"All names of {name} are there. "
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    names = printable(", ".join(missing[:3]))
+    return f"Nearest: {name}, {len(expected & keys)} of {len(expected)} names there; missing: {names}{more}. "
+
+
+def expected_names(layout: Layout, settings: EncoderSettings) -> set[str]:
+    """The names that every encoder of a layout has, in its first block and outside the blocks."""
+    with torch.device("meta"):
+        encoder = ViTEncoder(settings)
+    return set(layout.from_sslvit(encoder.state_dict(), {}))
 
 
 def from_sslvit(encoder: dict[str, Tensor], layout: str, extras: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -108,7 +141,7 @@ def to_sslvit(
     except (KeyError, IndexError) as error:
         raise ValueError(
             f"{source}: layout {name}: {printable(error)} is missing. "
-            f"{nearest_layout(set(found.weights), LAYOUTS)}Is the file complete, and of this layout?"
+            f"{nearest_layout(set(found.weights))}Is the file complete, and of this layout?"
         ) from error
     converted.extras |= others
     converted.num_read = len(found.everything)
