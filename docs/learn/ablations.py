@@ -1,4 +1,4 @@
-"""Deliberately broken models, which show what a component is for (docs/learn) and test the checks that detect its loss.
+"""Deliberately broken models, which show what a component is for.
 
 Each function changes a built model and returns it. No setting or recipe produces such a model, and its weights do not
 reveal the change: do not save one under the name of an intact model.

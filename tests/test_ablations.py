@@ -1,14 +1,19 @@
-"""Models that are broken on purpose are broken in the very way that they say."""
+"""The lessons' models that are broken on purpose are broken in the very way that they say."""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from sslvit.models import ViTEncoder
-from sslvit.models.ablations import permute_patches, remove_attention, remove_shift
 from sslvit.models.igpt import IGPTModel
 from sslvit.settings import EncoderSettings, IGPTSettings
+
+sys.path.append(str(Path(__file__).parents[1] / "docs" / "learn"))
+from ablations import permute_patches, remove_attention, remove_shift
 
 
 def make(**changes: object) -> ViTEncoder:
