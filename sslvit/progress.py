@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import ClassVar, TypeVar
 
 from sslvit.messages import BEFORE_MESSAGE
@@ -233,25 +233,17 @@ def _report(
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence progress bars and reports of libraries that load models while the block runs."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "timm")]
-    levels = [logger.level for logger in loggers]
-    had_bars = {}
-    for name in ("transformers.utils.logging", "huggingface_hub.utils"):
-        module = sys.modules.get(name)  # a library that is not imported prints nothing
-        if module is not None:
-            is_transformers = name.startswith("transformers")
-            had_bars[name] = (
-                module.is_progress_bar_enabled() if is_transformers else not module.are_progress_bars_disabled()
-            )
-            (module.disable_progress_bar if is_transformers else module.disable_progress_bars)()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
+    with ExitStack() as undone:
+        for name in ("transformers", "huggingface_hub", "timm"):
+            library = logging.getLogger(name)
+            undone.callback(library.setLevel, library.level)
+            library.setLevel(logging.ERROR)
+        transformers = sys.modules.get("transformers.utils.logging")  # a library that is not imported prints nothing
+        if transformers is not None and transformers.is_progress_bar_enabled():
+            transformers.disable_progress_bar()
+            undone.callback(transformers.enable_progress_bar)
+        hub = sys.modules.get("huggingface_hub.utils")
+        if hub is not None and not hub.are_progress_bars_disabled():
+            hub.disable_progress_bars()
+            undone.callback(hub.enable_progress_bars)
         yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        for name, had in had_bars.items():
-            if had:
-                module = sys.modules[name]
-                (module.enable_progress_bar if name.startswith("transformers") else module.enable_progress_bars)()
