@@ -22,6 +22,7 @@ import logging
 import math
 import shlex
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -347,19 +348,24 @@ class RunFolder(Result):
         return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
     def history(self) -> dict[str, np.ndarray]:
-        """Every metric as an array with one number for each logged step, NaN where a step has none.
+        """Every metric as an array with one number for each logged step, NaN where a step has no finite number.
 
         Example:
             pandas.DataFrame(run.history())
         """
         lines = self.read_metrics()
         names = dict.fromkeys(name for line in lines for name in line)
-        return {name: np.array([line.get(name, math.nan) for line in lines]) for name in names}
+        return {name: np.array([_finite(line.get(name)) for line in lines]) for name in names}
 
     def cut_metrics(self, step: int) -> None:
         """Drop lines after a checkpoint's step, which the resumed run will write again."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
         write_atomically(self.metrics, "".join(to_json(line) + "\n" for line in kept))
+
+
+def _finite(value: object) -> float:
+    """The value if it is a finite number, else NaN."""
+    return value if isinstance(value, (int, float)) and abs(value) < sys.float_info.max else math.nan
 
 
 def named_step(checkpoint: Path) -> int:

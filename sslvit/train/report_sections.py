@@ -6,8 +6,6 @@ Each section takes the files of runs by name and returns parts of a page; none i
 from __future__ import annotations
 
 import json
-import math
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -70,13 +68,7 @@ class RunFiles:
         self.folder, self.config, summary = folder, folder.read_config(), summarize(folder)
         self.summary = replace(summary, state=state or summary.state)
         by_dotted_key(self.config)  # refuses keys that are not text
-        columns: dict[str, list[float]] = {}
-        lines = folder.read_metrics()
-        for number, line in enumerate(lines):
-            for name, value in line.items():
-                is_number = isinstance(value, (int, float)) and abs(value) < sys.float_info.max
-                columns.setdefault(name, [math.nan] * len(lines))[number] = float(value) if is_number else math.nan
-        self.history = {name: np.array(values) for name, values in columns.items()}
+        self.history = folder.history()
 
 
 Named = Mapping[str, RunFiles]
