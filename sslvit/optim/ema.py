@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from sslvit.optim.clip import local_shard
+from sslvit.optim.guard import local_shard
 
 
 @torch.no_grad()

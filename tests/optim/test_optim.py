@@ -11,8 +11,8 @@ from sslvit.models import ViTEncoder
 from sslvit.models.dino import DINOHead
 from sslvit.models.mae import MAEDecoder
 from sslvit.optim import cosine, ema_update, layer_decay_groups, warmup_cosine, warmup_stable_decay
-from sslvit.optim.clip import clip_by_global_norm, clip_by_parameter_norm, grad_norms
 from sslvit.optim.groups import layer_of
+from sslvit.optim.guard import clip_by_global_norm, clip_by_parameter_norm, grad_norms
 from sslvit.optim.lars import LARS
 from sslvit.run_plan import RunPlan
 from sslvit.settings import DINOSettings, EncoderSettings, MAESettings, OptimSettings, SupervisedSettings

@@ -12,7 +12,7 @@ from sslvit.data.batch import Batch
 from sslvit.layouts import dino as layout
 from sslvit.models.dino import DINOHead, DINOModel, apply_head, center_and_sharpen, dino_loss, embed_views
 from sslvit.optim import cosine, ema_update, warmup_cosine
-from sslvit.optim.clip import clip_by_parameter_norm, grad_norms
+from sslvit.optim.guard import clip_by_parameter_norm, grad_norms
 from sslvit.run_plan import RunPlan
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.tasks.dino import DINO
