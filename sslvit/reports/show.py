@@ -32,8 +32,7 @@ from sslvit.messages import for_python
 from sslvit.models import Backbone, Encoder, ViTEncoder, make_encoder, require_transformer
 from sslvit.models.mae import MAEModel
 from sslvit.progress import track
-from sslvit.reports.schedule import plot_schedule
-from sslvit.reports.views import plot_views
+from sslvit.reports.previews import plot_schedule, plot_views
 from sslvit.results import Result
 from sslvit.settings import EncoderSettings, RunSettings
 from sslvit.settings.choices import not_one_of

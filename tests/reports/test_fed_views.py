@@ -14,8 +14,8 @@ import sslvit
 from sslvit.cli import main
 from sslvit.data.open import open_shards
 from sslvit.data.resample import Boxes
-from sslvit.reports import views
-from sslvit.reports.views import COLORS, SIDE, _with_boxes, plot_views
+from sslvit.reports import previews
+from sslvit.reports.previews import COLORS, SIDE, _with_boxes, plot_views
 from sslvit.settings.load import load_recipe
 
 COLORED = {"encoder.channels": 3, "encoder.mean": [0.5] * 3, "encoder.std": [0.2] * 3, "seed": 3}
@@ -46,7 +46,9 @@ def test_the_views_are_those_of_a_run_in_its_first_epoch(tmp_path: Path, monkeyp
         Image.fromarray(source.integers(0, 255, (16, 16, 3)).astype(np.uint8)).save(folder / f"{number}.png")
     run = sslvit.pretrain("mae/digits", folder, tmp_path / "run", **TINY | COLORED)
     plotted = {}
-    monkeypatch.setattr(views, "plot_images", lambda out, rows, titles: plotted.update(rows=rows, titles=titles) or out)
+    monkeypatch.setattr(
+        previews, "plot_images", lambda out, rows, titles: plotted.update(rows=rows, titles=titles) or out
+    )
     plot_views(load_recipe(run.config), str(folder), tmp_path / "v.png", 4)
     assert plotted["titles"] == ["image, and the\nboxes of its views", "view 1\n8 x 8"]
     index = open_shards(str(folder))

@@ -13,8 +13,8 @@ from shard_fixtures import image_folder
 
 import sslvit
 from sslvit.cli import main
-from sslvit.reports import schedule
-from sslvit.reports.schedule import STEPS_PER_EPOCH, plot_schedule
+from sslvit.reports import previews
+from sslvit.reports.previews import STEPS_PER_EPOCH, plot_schedule
 from sslvit.settings.load import load_recipe
 
 Curves = dict[str, tuple[list[float], list[float]]]
@@ -24,7 +24,7 @@ Curves = dict[str, tuple[list[float], list[float]]]
 def curves(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Curves]:
     """What is plotted of a recipe with changes."""
     plotted: dict[str, Any] = {}
-    monkeypatch.setattr(schedule, "plot_curves", lambda out, lines, *labels: plotted.update(lines=lines) or out)
+    monkeypatch.setattr(previews, "plot_curves", lambda out, lines, *labels: plotted.update(lines=lines) or out)
 
     def of(recipe: str, source: str | None = None, **changes: Any) -> Curves:
         plot_schedule(load_recipe(recipe, changes), source, "s.png")

@@ -1,4 +1,4 @@
-"""Plot of a recipe's input to its model: images with the boxes of their views, and the views themselves."""
+"""Plots of what a recipe will do: its schedules, and its input to the model with the boxes of the views."""
 
 from __future__ import annotations
 
@@ -9,19 +9,67 @@ import torch
 import torch.nn.functional as F
 
 from sslvit.data.decode import decode_pixels
+from sslvit.data.examples import Examples
 from sslvit.data.header import BadImage
 from sslvit.data.loader import encoder_views, make_batch
-from sslvit.data.open import open_shards
+from sslvit.data.open import open_shards, shard_cache
 from sslvit.data.plan import evenly_spaced
 from sslvit.data.reader import ShardReader
 from sslvit.data.resample import Boxes
-from sslvit.figures import plot_images
+from sslvit.figures import plot_curves, plot_images
 from sslvit.files import printable
 from sslvit.settings import RunSettings
 from sslvit.settings.views import TransformSettings
+from sslvit.train.forecast import plan_step
 
+POINTS = 400  # of a curve
+STEPS_PER_EPOCH = 1000  # assumed if no images are given; the curves over epochs hardly depend on it
 SIDE = 192  # pixels of an image with boxes
 COLORS = ((1.0, 0.6, 0.0), (0.2, 0.75, 1.0))  # of boxes: for views of the largest size, and for smaller ones
+
+
+def plot_schedule(settings: RunSettings, source: str | None, out: str | Path) -> Path:
+    """Plot each scheduled value over the epochs of a run, as a fraction of its largest value.
+
+    Args:
+        settings: Settings of the run.
+        source: Shards or a folder of images, which is not packed; None if the settings specify batch size and epochs.
+        out: PNG file.
+
+    Raises:
+        ValueError: The length or batch size depends on images that are not given, or on the machine.
+    """
+    train, batch = settings.train, settings.data.global_batch_size
+    if train.budget is not None and train.steps is None:
+        raise ValueError(
+            f"show schedule: train.budget {train.budget} is a number of steps that is measured before the run. Give "
+            "one with --train.steps."
+        )
+    if source is not None:
+        examples = Examples.open(source, shard_cache(settings.data))
+        classes = examples.classes
+        images = settings.data.images_of(examples.images, examples.location, classes)
+    elif train.steps is not None:
+        raise ValueError(
+            "show schedule: how many epochs train.steps are depends on the images. Name their shards or folder."
+        )
+    elif batch is None or train.epochs is None:
+        key = "data.global_batch_size" if batch is None else "train.epochs"
+        raise ValueError(
+            f"show schedule: {key} is null here and depends on the images. Name their shards or folder, or give {key}."
+        )
+    else:
+        images, classes = STEPS_PER_EPOCH * batch, 2  # no schedule depends on the number of classes
+    task = plan_step(settings, images, classes).task
+    steps = evenly_spaced(task.run.total_steps, POINTS).tolist()
+    epochs = [step / task.run.steps_per_epoch for step in steps]
+    curves = {}
+    for name in sorted(name for name in dir(type(task)) if name.endswith("_at")):
+        values = [getattr(task, name)(step) for step in steps]
+        largest = max(values)
+        label = f"{name.removesuffix('_at').replace('_', ' ')} (up to {largest:.3g})"
+        curves[label] = (epochs, [value / (largest or 1) for value in values])
+    return plot_curves(out, curves, "epoch", "fraction of the largest value")
 
 
 def plot_views(settings: RunSettings, source: str, out: str | Path, images: int = 8) -> Path:
