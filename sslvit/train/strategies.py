@@ -25,7 +25,6 @@ from sslvit.settings import TrainSettings
 from sslvit.sharded_checkpoint import extract_local_shards, shard_like
 from sslvit.stopping import RankLost
 from sslvit.train.checkpoint_io import AtomicCheckpointIO
-from sslvit.train.hardware import trains_on_gpu
 from sslvit.train.timing import Clock
 
 # messages of a failed exchange between ranks if another rank is gone, and if the fault is on this one
@@ -47,11 +46,7 @@ def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy:
     if settings.strategy == "fsdp":
         return Sharded(timeout=timeout)
     # gradients are views of the buckets that the ranks exchange: one copy of them instead of two
-    # on GPUs buffers stay equal without an exchange per step: running statistics are those of all ranks
-    return Replicated(
-        timeout=timeout, ddp_comm_hook=clock.mark_gradients, gradient_as_bucket_view=True,
-        broadcast_buffers=not trains_on_gpu(settings),
-    )  # fmt: skip
+    return Replicated(timeout=timeout, ddp_comm_hook=clock.mark_gradients, gradient_as_bucket_view=True)
 
 
 class _RanksStrategy(DDPStrategy):
@@ -76,6 +71,12 @@ class _RanksStrategy(DDPStrategy):
 
 class Replicated(_RanksStrategy):
     """Every rank holds all weights and updates them alike; gradients are averaged during the backward pass."""
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        """Exchange buffers in each step on CPUs only: on GPUs running statistics are those of all ranks already."""
+        replica = super()._setup_model(model)
+        replica.broadcast_buffers = self.root_device.type == "cpu"  # the argument of this name is deprecated
+        return replica
 
     def _register_ddp_hooks(self) -> None:
         """Register the hook on CPUs, too; Lightning does so on GPUs only."""

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -313,12 +314,22 @@ def test_gradients_lie_in_the_buckets_that_are_exchanged() -> None:
     assert make_strategy(settings, Clock())._ddp_kwargs["gradient_as_bucket_view"] is True
 
 
-def test_buffers_are_exchanged_in_each_step_on_cpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On GPUs running statistics are those of all ranks already."""
-    settings = load_recipe("mae/digits", {"train.devices": 2}).train
-    assert make_strategy(settings, Clock())._ddp_kwargs["broadcast_buffers"] is True
-    monkeypatch.setattr("sslvit.train.strategies.trains_on_gpu", lambda _: True)
-    assert make_strategy(settings, Clock())._ddp_kwargs["broadcast_buffers"] is False
+@pytest.mark.parametrize(("device", "are_exchanged"), [("cpu", True), ("cuda", False)])
+def test_buffers_are_exchanged_in_each_step_on_cpus_alone(
+    monkeypatch: pytest.MonkeyPatch, device: str, are_exchanged: bool
+) -> None:
+    """On GPUs running statistics are those of all ranks already. No option that torch deprecates is passed."""
+    strategy = make_strategy(load_recipe("mae/digits", {"train.devices": 2}).train, Clock())
+    monkeypatch.setattr(type(strategy), "root_device", torch.device(device))
+    monkeypatch.setattr(strategy, "determine_ddp_device_ids", lambda: None)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            replica = strategy._setup_model(torch.nn.BatchNorm1d(2))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert replica.broadcast_buffers is are_exchanged
 
 
 def test_only_the_silence_of_others_is_a_lost_rank() -> None:
