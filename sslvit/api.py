@@ -229,7 +229,7 @@ def check_described(config: str | Path, changes: dict[str, Any]) -> None:
     found = merge_recipe(config, changes).get("encoder", {})
     if not {"width", "depth", "backbone"} & found.keys():
         raise ValueError(
-            f"none: says to train the encoder that --config {config} describes, and it describes none. Give "
+            f"none: says to train the encoder that --config '{config}' describes, and it describes none. Give "
             "--encoder.preset with --encoder.image_size and --encoder.patch, or a network such as torchvision:resnet18 "
             "in the place of none."
         )

@@ -178,7 +178,7 @@ def choose_images(members: TarMembers, tar: str, field: str | None) -> tuple[lis
         selected = [image for image in selected if image.field not in others]
     for name, count in others.items():
         skipped[f"{tar}/*.{name}"] = (
-            f"{count} images in another field of their keys (--image {name} takes these instead)"
+            f"{count} images in another field of their keys (--image '{name}' takes these instead)"
         )
     selected.sort(key=lambda image: image.offset)
     return selected, skipped

@@ -226,7 +226,7 @@ def test_keys_with_dots_are_samples_and_other_fields_are_not(tmp_path: Path) -> 
     assert numbers_of(index) == [1, 2, 3, 4, 5]
     assert index.labels_of(slice(None)).tolist() == [0, 1, 0, 1, 0]
     assert index.skipped == {
-        "a.tar/*.seg.png": "1 images in another field of their keys (--image seg.png takes these instead)"
+        "a.tar/*.seg.png": "1 images in another field of their keys (--image 'seg.png' takes these instead)"
     }
     assert [index.key(i) for i in range(2)] == ["a.tar/photo.0001.jpg", "a.tar/photo.0002.jpg"]
 
@@ -236,7 +236,7 @@ def test_a_mask_whose_image_is_missing_is_not_taken_for_one(tmp_path: Path) -> N
     index = index_shards(tmp_path, workers=1)
     assert numbers_of(index) == [7, 9]
     assert index.skipped == {
-        "a.tar/*.seg.png": "2 images in another field of their keys (--image seg.png takes these instead)"
+        "a.tar/*.seg.png": "2 images in another field of their keys (--image 'seg.png' takes these instead)"
     }
 
 
