@@ -191,13 +191,13 @@ def _pil_header(content: bytes, max_pixels: int, upright: bool) -> Header:
         ) from error
     except Exception as error:  # PIL raises whatever its format plugins raise
         if content.startswith(TIFFS):
-            return _tiff_header(content)
+            return _tiff_header(content, upright)
         raise BadImage(f"not an image ({type(error).__name__})") from error
 
 
 def _parse_header(image: Image.Image, content: bytes, max_pixels: int, upright: bool) -> Header:
-    if isinstance(image, TiffImageFile) and image.tag_v2.get(277, 1) > 4:  # PIL reads only the first of separate planes
-        return _tiff_header(content)
+    if isinstance(image, TiffImageFile) and _misread_by_pil(image):
+        return _tiff_header(content, upright)
     header = _picture_header(image)
     header.is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
     if isinstance(image, TiffImageFile):
@@ -232,16 +232,28 @@ def _decoded_header(image: Image.Image | np.ndarray, upright: bool) -> Header:
     return header.turned(orientation if orientation in range(1, 9) else 1)
 
 
-def _tiff_header(content: bytes) -> Header:
-    """Header of a TIFF that PIL cannot open, such as one of five or more channels."""
+def _misread_by_pil(image: TiffImageFile) -> bool:
+    """Whether PIL opens a TIFF of gray or RGB pixels, but leaves channels out or mixes them up.
+
+    It reads the first of five and more planes, drops samples that are not declared as alpha (the near infrared of
+    aerial images, the second stain of a microscope), and mixes up separate planes of 16 bits.
+    """
+    samples, bits, extra = image.tag_v2.get(277, 1), image.tag_v2.get(258, (1,)), image.tag_v2.get(338, ())
+    is_deep_planes = samples > 1 and max(bits) > 8 and image.tag_v2.get(284) == 2
+    return samples > 4 or (image.tag_v2.get(262) in (0, 1, 2) and (0 in extra or is_deep_planes))
+
+
+def _tiff_header(content: bytes, upright: bool) -> Header:
+    """Header of a TIFF that PIL cannot open or misreads, such as one of five or more channels."""
     array = read_tiff(content, shape_only=True)
-    return Header(array.shape[0], array.shape[1], "array", array.shape[2], 8 * array.dtype.itemsize)
+    header = Header(array.shape[0], array.shape[1], "array", array.shape[2], 8 * array.dtype.itemsize)
+    return header.turned(exif_orientation(content)) if upright else header
 
 
 def read_tiff(content: bytes, shape_only: bool = False) -> np.ndarray:
     """Read a TIFF of any number of channels as 'h w c'; with `shape_only`, zeros of its shape and dtype."""
     if not HAS_TIFFFILE:
-        raise BadImage("a TIFF that needs tifffile, as those of five and more channels do (pip install 'sslvit[tiff]')")
+        raise BadImage("a TIFF that needs tifffile, as two, five and more channels do (pip install 'sslvit[tiff]')")
     import tifffile
 
     try:
@@ -258,6 +270,8 @@ def read_tiff(content: bytes, shape_only: bool = False) -> np.ndarray:
     except BadImage:
         raise
     except Exception as error:  # tifffile raises almost anything for damaged bytes
+        if "imagecodecs" in str(error):
+            raise BadImage("a TIFF whose compression needs imagecodecs (pip install imagecodecs)") from error
         raise BadImage(f"damaged image ({error})") from error
     return np.moveaxis(pixels, 0, 2) if axes == "SYX" else pixels
 

@@ -38,9 +38,12 @@ def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def exif_orientation(content: bytes) -> int:
-    """The EXIF orientation of a JPEG or PNG file; 1 if it is missing or invalid."""
+    """The EXIF orientation of a JPEG, PNG or TIFF file; 1 if it is missing or invalid."""
     try:
-        exif = _jpeg_exif(content) if content.startswith(b"\xff\xd8") else _png_exif(content)
+        if content.startswith((b"II*\0", b"MM\0*")):
+            exif = content  # EXIF is a TIFF structure
+        else:
+            exif = _jpeg_exif(content) if content.startswith(b"\xff\xd8") else _png_exif(content)
         orientation = _orientation_in(exif) if exif else 1
     except (struct.error, IndexError):
         return 1

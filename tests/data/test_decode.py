@@ -219,6 +219,31 @@ def test_a_tiff_of_many_channels_is_read_through_tifffile(monkeypatch: pytest.Mo
         read_header(buffer.getvalue())
 
 
+@pytest.mark.parametrize(
+    ("channels", "kind", "options"),
+    [
+        (2, np.uint8, {"photometric": "minisblack", "planarconfig": "contig"}),
+        (3, np.uint16, {"photometric": "rgb", "planarconfig": "separate"}),
+        (4, np.uint8, {"photometric": "rgb", "planarconfig": "contig", "extrasamples": ["unspecified"]}),
+        (4, np.uint16, {"photometric": "rgb", "planarconfig": "contig", "extrasamples": ["unspecified"]}),
+        (4, np.uint16, {"photometric": "rgb", "planarconfig": "separate", "extrasamples": ["unspecified"]}),
+    ],
+)
+def test_a_tiff_that_pil_misreads_keeps_every_channel(channels: int, kind: type, options: dict) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (20, 30, channels)).astype(kind)
+    for orientation in (1, 6):
+        buffer = io.BytesIO()
+        stored = pixels if options["planarconfig"] == "contig" else pixels.transpose(2, 0, 1)
+        tifffile.imwrite(buffer, stored, extratags=[(274, "H", 1, orientation, True)], **options)
+        header = read_header(buffer.getvalue())
+        assert (header.channels, header.bits) == (channels, 8 * kind().itemsize)
+        upright = pixels if orientation == 1 else np.rot90(pixels, -1)
+        assert (header.height, header.width) == upright.shape[:2]
+        found = decode(buffer.getvalue(), channels, header.bits).permute(1, 2, 0).numpy()
+        assert np.allclose(found, upright if kind == np.uint8 else upright / np.float32(257))
+
+
 def test_a_heic_photograph_of_a_phone_is_read() -> None:
     pillow_heif = pytest.importorskip("pillow_heif")
     buffer = io.BytesIO()
