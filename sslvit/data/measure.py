@@ -42,10 +42,10 @@ class Measured:
         self.kinds[header.channels, header.bits] += 1
 
     def measure(self, content: Content, header: Header) -> None:
-        """Add the moments of one image; an image with another number of channels is skipped."""
+        """Add the moments of one image; one of other channels is skipped, but beside RGB images alpha is left out."""
         is_gray_or_rgb = header.mode != "array" and header.channels < 4
         channels = 3 if is_gray_or_rgb else header.channels  # gray images count as RGB
-        if self.images and channels != self.channels:
+        if not self._takes(channels):
             return
         moments = moments_of(decode_pixels(content, channels, header.bits, header=header))
         self.add(Measured(moments.tolist(), channels, images=1))
@@ -54,9 +54,18 @@ class Measured:
         """Add the properties of other images."""
         for name in ("sizes", "modes", "kinds"):
             getattr(self, name).update(getattr(other, name))
-        if other.images and (not self.images or self.channels == other.channels):
-            self.moments = (np.array(self.moments) + other.moments).tolist() if self.images else other.moments
-            self.channels, self.images = other.channels, self.images + other.images
+        if other.images and self._takes(other.channels):
+            if self.images:
+                self.channels = min(self.channels, other.channels)
+                first, second = (np.array(one.moments)[:, : self.channels] for one in (self, other))
+                self.moments = (first + second).tolist()
+            else:
+                self.moments, self.channels = other.moments, other.channels
+            self.images += other.images
+
+    def _takes(self, channels: int) -> bool:
+        """Whether moments of this many channels can be added."""
+        return not self.images or channels == self.channels or {channels, self.channels} == {3, 4}
 
     def describe(self, location: str) -> dict[str, Any]:
         """The fields of the index that depend on the images.

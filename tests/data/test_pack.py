@@ -415,6 +415,15 @@ def test_channel_statistics_are_those_of_all_pixels_every_image_counting_the_sam
     assert index_shards(tmp_path / "out").mean == index.mean
 
 
+def test_statistics_of_images_with_and_without_alpha_are_those_of_all(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        Image.new("RGB", (4, 4), "black").save(tmp_path / "in" / f"{number}.png")
+        Image.new("RGBA", (4, 4), (255, 255, 255, 128)).save(tmp_path / "in" / f"white-{number}.png")
+    (index,) = pack_source(tmp_path / "in", tmp_path / "out", workers=1)
+    assert (index.channels, index.mean, index.std) == (3, [0.5] * 3, [0.5] * 3)
+
+
 def test_statistics_of_a_large_shard_are_spread_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sslvit.data.measure.STATISTICS_SAMPLES", 10)
     images = np.repeat(np.arange(200, dtype=np.uint8), 16).reshape(200, 4, 4)
