@@ -179,6 +179,22 @@ def open_image(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
+def part_read(content: bytes, header: Header) -> str:
+    """A sentence on what is left out when a file is read; empty if nothing is."""
+    if header.is_jpeg or content.startswith(NPY):
+        return ""
+    try:
+        image = open_image(content)
+        coding = str([tile.args for tile in getattr(image, "tile", [])])
+        is_deep = ";16" in coding or (image.format == "PPM" and re.search(r"\d{4}", coding))
+        image.seek(1)
+    except EOFError:  # there is no second page
+        return "only 8 of 16 bits of their colors are read (store all as .npy)" if is_deep and header.bits == 8 else ""
+    except Exception:  # PIL raises whatever its format plugins raise
+        return ""
+    return "only the first of their pages or frames is read"
+
+
 def _pil_header(content: bytes, max_pixels: int, upright: bool) -> Header:
     try:
         return _parse_header(open_image(content), content, max_pixels, upright)

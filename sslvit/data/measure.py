@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sslvit.data.decode import check_whole, decode_pixels
-from sslvit.data.header import MODES, BadImage, Content, Header, read_header
+from sslvit.data.header import MODES, BadImage, Content, Header, part_read, read_header
 from sslvit.data.plan import evenly_spaced
 from sslvit.settings.data import MAX_PIXELS
 
@@ -25,7 +25,8 @@ class Measured:
     """Properties of images, added up.
 
     `moments` holds two sums over `images` images of `channels` channels: of each channel's mean and of its mean square.
-    The counters hold the number of images by (height, width), by mode, and by (channels, bits).
+    The counters hold the number of images by (height, width), by mode, by (channels, bits), and by what is left out
+    when they are read.
     """
 
     moments: list[list[float]] = field(default_factory=list)
@@ -34,6 +35,7 @@ class Measured:
     sizes: Counter = field(default_factory=Counter)
     modes: Counter = field(default_factory=Counter)
     kinds: Counter = field(default_factory=Counter)
+    parts: Counter = field(default_factory=Counter)
 
     def count(self, header: Header) -> None:
         """Count size, mode and kind of one image."""
@@ -52,7 +54,7 @@ class Measured:
 
     def add(self, other: Measured) -> None:
         """Add the properties of other images."""
-        for name in ("sizes", "modes", "kinds"):
+        for name in ("sizes", "modes", "kinds", "parts"):
             getattr(self, name).update(getattr(other, name))
         if other.images and self._takes(other.channels):
             if self.images:
@@ -125,6 +127,8 @@ def measure_shard(
                 if row in sampled:
                     measured.measure(content, header)
                 measured.count(header)
+                if part := part_read(content, header):
+                    measured.parts[part] += 1
             except BadImage as error:
                 unreadable[row] = str(error)
             done()

@@ -66,7 +66,8 @@ class ShardReport:
         measured = dict(content["measured"])
         for name in ("sizes", "kinds"):
             measured[name] = Counter({(a, b): count for a, b, count in measured[name]})
-        measured["modes"] = Counter(measured["modes"])
+        for name in ("modes", "parts"):
+            measured[name] = Counter(measured[name])
         return cls(Shard(**content["shard"]), records, Measured(**measured), content["skipped"])
 
 
@@ -84,6 +85,8 @@ def join_reports(
     for report in reports:
         measured.add(report.measured)
         skipped |= report.skipped
+    for part, count in measured.parts.items():
+        logger.info(f"{printable(location)}: {counted(count, 'image')}: {part}")
     kept = [report for report in reports if report.shard.samples]
     records = np.concatenate([report.records for report in kept]) if kept else np.empty(0, RECORD)
     return ShardIndex(

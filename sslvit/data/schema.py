@@ -94,7 +94,7 @@ def checked_report(content: Any, name: str) -> dict[str, Any]:
     _count("samples", shard["samples"])
     _count("bytes", shard["bytes"])
     _sha256("sha256", shard["sha256"])
-    _keys("measured", measured, ("moments", "channels", "images", "sizes", "modes", "kinds"))
+    _keys("measured", measured, ("moments", "channels", "images", "sizes", "modes", "kinds", "parts"))
     images, channels = _count("images", measured["images"]), _integer("channels", measured["channels"], 0, MAX_CHANNELS)
     moments = _list("moments", measured["moments"])
     if len(moments) != (2 if images else 0) or (images and not channels):
@@ -106,11 +106,12 @@ def checked_report(content: Any, name: str) -> dict[str, Any]:
     for row in _list("kinds", measured["kinds"]):
         _row("kinds", row, (MAX_CHANNELS, 16, MAX_COUNT))
         _bits("kinds", row[1])
-    if not isinstance(measured["modes"], dict):
-        raise ValueError(f"modes is {_brief(measured['modes'])}, expected counts by name")
-    for mode, count in measured["modes"].items():
-        _text("modes", mode)
-        _count("modes", count)
+    for name in ("modes", "parts"):
+        if not isinstance(measured[name], dict):
+            raise ValueError(f"{name} is {_brief(measured[name])}, expected counts by name")
+        for text, count in measured[name].items():
+            _text(name, text)
+            _count(name, count)
     return content
 
 

@@ -432,6 +432,22 @@ def test_statistics_of_a_large_shard_are_spread_over_it(tmp_path: Path, monkeypa
     assert index.mean[0] == pytest.approx(seen.mean() / 255, abs=6e-5)
 
 
+def test_files_that_are_read_in_part_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "in").mkdir()
+    frames = [Image.new("RGB", (6, 6), color) for color in ("red", "green")]
+    for suffix in ("tif", "gif", "png", "webp"):
+        frames[0].save(tmp_path / "in" / f"several.{suffix}", save_all=True, append_images=frames[1:])
+        frames[0].save(tmp_path / "in" / f"one.{suffix}")
+    frames[0].save(tmp_path / "in" / "one.jpg")
+    Image.fromarray(np.zeros((6, 6), np.uint16)).save(tmp_path / "in" / "deep.png")
+    (tmp_path / "in" / "deep.ppm").write_bytes(b"P6 6 6 65535\n" + bytes(6 * 6 * 3 * 2))
+    with caplog.at_level("INFO"):
+        pack_source(tmp_path / "in", tmp_path / "out", workers=1)
+        index_shards(tmp_path / "out", workers=1)
+    assert caplog.text.count("4 images: only the first of their pages or frames is read") == 2
+    assert caplog.text.count("1 image: only 8 of 16 bits of their colors are read") == 2
+
+
 def test_a_set_is_of_16_bits_only_if_all_of_its_images_are(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number, kind in enumerate((np.uint16, np.uint8, np.uint16)):
