@@ -28,6 +28,7 @@ SUSPICIOUS_PIXELS = 1_000_000  # above this size, a file of very few bytes count
 MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")  # of a JPEG's segments, which tell their length
 SCAN, END = b"\xda", b"\xd9"  # markers
 MAX_SCANS = 100  # in a progressive JPEG with its thumbnails; encoders write about ten
+MAX_AXIS_OF_CHANNELS = 4  # an axis up to this length, with the others longer, is the channel axis
 MAX_PIXELS_PER_BYTE = 2000  # deflate reaches at most 1032 values per byte
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # other numbers of channels are stored as arrays
 HAS_AVIF = find_spec("PIL._avif") is not None
@@ -303,6 +304,11 @@ def _jpeg_header(content: bytes) -> Header | None:
     return Header(height, width, *(("L", 1) if colors == "Gray" else ("RGB", 3)), is_jpeg=True)
 
 
+def is_channels_first(shape: tuple[int, ...]) -> bool:
+    """Whether the shape of an image with three axes looks like 'c h w'."""
+    return shape[0] <= MAX_AXIS_OF_CHANNELS < min(shape[1:])
+
+
 def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     """Return shape and dtype of an .npy file; leaves the file at the first value."""
     version = np.lib.format.read_magic(file)
@@ -319,6 +325,8 @@ def _array_header(content: bytes) -> Header:
         raise BadImage(f"damaged array ({error})") from error
     if dtype not in (np.uint8, np.uint16) or len(shape) not in (2, 3) or 0 in shape:
         raise BadImage(f"an array of {dtype} and shape {shape}; images are uint8 or uint16, 'h w' or 'h w c'")
+    if len(shape) == 3 and is_channels_first(shape):
+        raise BadImage(f"an array of shape {shape}: images are 'h w c', and this looks like 'c h w'")
     if math.prod(shape) * dtype.itemsize > len(content) - file.tell():
         raise BadImage(f"an array that ends early ({len(content)} bytes for the shape {shape})")
     return Header(shape[0], shape[1], "array", shape[2] if len(shape) == 3 else 1, 8 * dtype.itemsize)

@@ -18,12 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from sslvit.data.array_images import CONVERSIONS
-from sslvit.data.header import MODES, BadImage, Content
+from sslvit.data.header import MAX_AXIS_OF_CHANNELS, MODES, BadImage, Content, is_channels_first
 from sslvit.data.labels import LABEL_NAMES
 from sslvit.files import brief, printable
 
 IMAGE_NAMES = ("image", "img", "images", "picture", "pixel_values", "pixels")  # keys of the image in a dict
-MAX_AXIS_OF_CHANNELS = 4  # an axis up to this length, with the others longer, is the channel axis
 FLOAT_MARGIN = 1e-3  # tolerance around [0, 1], for float32 rounding errors
 
 
@@ -129,7 +128,7 @@ def pixels_of_tensor(image: Tensor) -> np.ndarray:
 def pixels_of_array(image: np.ndarray) -> np.ndarray:
     """Convert an array 'h w' or 'h w c' to 8 or 16 bits."""
     shape = image.shape
-    if len(shape) == 3 and shape[0] <= MAX_AXIS_OF_CHANNELS < min(shape[1:]):
+    if len(shape) == 3 and is_channels_first(shape):
         raise BadImage(f"an array of shape {brief(shape)}: an array is 'h w c', a tensor is 'c h w'")
     return in_pixels(image, f"an array of {image.dtype}", shape)
 

@@ -200,6 +200,11 @@ def test_nonsense_about_the_orientation_is_no_orientation() -> None:
     assert exif_orientation(turned(photograph(24, 16), "JPEG", 9)) == 1
 
 
+def test_an_array_with_its_channels_first_is_refused() -> None:
+    with pytest.raises(BadImage, match=r"shape \(3, 20, 30\): images are 'h w c', and this looks like 'c h w'"):
+        read_header(npy(np.zeros((3, 20, 30), np.uint8)))
+
+
 def test_a_tiff_of_many_channels_is_read_through_tifffile(monkeypatch: pytest.MonkeyPatch) -> None:
     tifffile = pytest.importorskip("tifffile")
     for kind in (np.uint8, np.uint16):
