@@ -81,11 +81,13 @@ class Measured:
         only = next(iter(kinds)) if len(kinds) == 1 else 0
         channels = only or (3 if kinds <= set(MODES) and self.channels >= 3 else self.channels)
         mean, square = np.array(self.moments)[:, :channels] / self.images
+        bits = 16 if {bits for _, bits in self.kinds} == {16} else 8
+        decimals = 4 if bits == 8 else 7  # dim images of 16 bits use few of their values, 0.00002 apart
         return {
             "channels": channels,
-            "bits": 16 if {bits for _, bits in self.kinds} == {16} else 8,
-            "mean": mean.round(4).tolist(),
-            "std": np.sqrt((square - mean**2).clip(min=0)).round(4).tolist(),
+            "bits": bits,
+            "mean": mean.round(decimals).tolist(),
+            "std": np.sqrt((square - mean**2).clip(min=0)).round(decimals).tolist(),
             "image_size": list(next(iter(self.sizes))) if len(self.sizes) == 1 else None,
         }
 
@@ -95,7 +97,7 @@ def moments_of(pixels: np.ndarray) -> np.ndarray:
     height, width, channels = pixels.shape
     sums = np.zeros((2, channels))
     for start in range(0, height, max(1, ROWS_OF_PIXELS // width)):
-        rows = pixels[start : start + max(1, ROWS_OF_PIXELS // width)].reshape(-1, channels) / 255
+        rows = pixels[start : start + max(1, ROWS_OF_PIXELS // width)].reshape(-1, channels) / np.float64(255)
         sums += np.stack([rows.sum(0, dtype=np.float64), np.square(rows).sum(0, dtype=np.float64)])
     return sums / (height * width)  # every image has the same weight, whatever its size
 

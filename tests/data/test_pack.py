@@ -432,6 +432,16 @@ def test_statistics_of_a_large_shard_are_spread_over_it(tmp_path: Path, monkeypa
     assert index.mean[0] == pytest.approx(seen.mean() / 255, abs=6e-5)
 
 
+def test_statistics_of_dim_images_of_16_bits_are_not_rounded_to_zero(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).poisson(3, (20, 8, 8, 2)).astype(np.uint16)
+    index = pack(array_samples(images), tmp_path, workers=1)
+    assert index.mean == pytest.approx(images.mean((0, 1, 2)) / 65535, rel=0.01)
+    assert index.std == pytest.approx(images.std((0, 1, 2)) / 65535, rel=0.01)
+    assert "the same everywhere" not in describe_shards(index)
+    images[..., 1] = 60_001
+    assert pack(array_samples(images), tmp_path, overwrite=True, workers=1).std[1] == 0
+
+
 def test_files_that_are_read_in_part_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "in").mkdir()
     frames = [Image.new("RGB", (6, 6), color) for color in ("red", "green")]
