@@ -130,6 +130,11 @@ def crop_pct(settings: EncoderSettings) -> float:
 
 def reopen(folder: Path, exported: Exported) -> nn.Module:
     """Load the model in timm."""
+    return open_model(folder)
+
+
+def open_model(folder: Path) -> nn.Module:
+    """Load the model in timm."""
     import timm
 
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -137,7 +142,7 @@ def reopen(folder: Path, exported: Exported) -> nn.Module:
 
 def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Expected tensors, and the tensors in timm's model."""
-    return tensors_of(exported), reopen(folder, exported).state_dict()
+    return tensors_of(exported), open_model(folder).state_dict()
 
 
 def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]:
