@@ -13,7 +13,14 @@ from typing import IO
 
 import numpy as np
 from PIL import Image
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    EXTRASAMPLES,
+    PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
+    SAMPLESPERPIXEL,
+    TiffImageFile,
+)
 
 from sslvit.data.orientation import START_OF_SCAN, exif_orientation, inverse_orientation, jpeg_segments, swaps_sides
 from sslvit.files import printable
@@ -187,6 +194,7 @@ def part_read(content: bytes, header: Header) -> str:
     try:
         image = open_image(content)
         coding = str([tile.args for tile in getattr(image, "tile", [])])
+        # PIL's raw modes of 16 bits are called RGB;16B and so on; PPM states its largest value
         is_deep = ";16" in coding or (image.format == "PPM" and re.search(r"\d{4}", coding))
         image.seek(1)
     except EOFError:  # there is no second page
@@ -255,9 +263,12 @@ def _misread_by_pil(image: TiffImageFile) -> bool:
     It reads the first of five and more planes, drops samples that are not declared as alpha (the near infrared of
     aerial images, the second stain of a microscope), and mixes up separate planes of 16 bits.
     """
-    samples, bits, extra = image.tag_v2.get(277, 1), image.tag_v2.get(258, (1,)), image.tag_v2.get(338, ())
-    is_deep_planes = samples > 1 and max(bits) > 8 and image.tag_v2.get(284) == 2
-    return samples > 4 or (image.tag_v2.get(262) in (0, 1, 2) and (0 in extra or is_deep_planes))
+    tags = image.tag_v2
+    samples, bits, extra = tags.get(SAMPLESPERPIXEL, 1), tags.get(BITSPERSAMPLE, (1,)), tags.get(EXTRASAMPLES, ())
+    is_gray_or_rgb = tags.get(PHOTOMETRIC_INTERPRETATION) in (0, 1, 2)
+    is_deep_planes = samples > 1 and max(bits) > 8 and tags.get(PLANAR_CONFIGURATION) == 2
+    is_undeclared = 0 in extra
+    return samples > 4 or (is_gray_or_rgb and (is_undeclared or is_deep_planes))
 
 
 def _tiff_header(content: bytes, upright: bool) -> Header:

@@ -92,8 +92,11 @@ class TransformViews(Views):
 
     settings: TransformSettings
 
-    def __init__(self, settings: Any, *others: Any, **named: Any) -> None:
-        super().__init__(settings, *others, **named)
+    def __init__(
+        self, settings: Any, size: list[int], interpolation: str, seed: int = 0, color_here: bool = True,
+        fill: list[float] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(settings, size, interpolation, seed, color_here, fill)
         self.function = function_of(settings)
 
     @property

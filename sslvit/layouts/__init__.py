@@ -39,12 +39,12 @@ LAYOUTS: dict[str, Layout] = {  # from the most specific to the most general
     "mae": mae, "openai_igpt": openai_igpt, "dinov3": dinov3, "dinov2": dinov2, "dino": dino, "timm": timm,
     "transformers": transformers,
 }  # fmt: skip
-tiny = partial(EncoderSettings, image_size=[4, 4], patch=2, width=4, depth=1, heads=1)
+_tiny = partial(EncoderSettings, image_size=[4, 4], patch=2, width=4, depth=1, heads=1)
 EXAMPLES = {  # encoders of one block, to name the layout nearest to unknown weights; mae and dino have timm's names
-    "timm": tiny(),
-    "transformers": tiny(),
-    "dinov2": tiny(layer_scale=1.0, mask_token=True),
-    "dinov3": tiny(layer_scale=1.0, mask_token=True, pos_embed="rotary_2d_normalized", key_bias=False, registers=4),
+    "timm": _tiny(),
+    "transformers": _tiny(),
+    "dinov2": _tiny(layer_scale=1.0, mask_token=True),
+    "dinov3": _tiny(layer_scale=1.0, mask_token=True, pos_embed="rotary_2d_normalized", key_bias=False, registers=4),
     "openai_igpt": preset("igpt_small", width=4, depth=1, heads=1, image_size=4),
 }
 
