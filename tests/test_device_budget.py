@@ -23,6 +23,7 @@ STEPS = 6
 
 RUNS = {
     "mae": ("mae/digits", {"encoder.drop_path": 0.1}),
+    "mae by muon": ("mae/digits", {"optim.name": "muon"}),
     "mae and edges": ("mae/digits", {"task.hog_weight": 1.0}),
     "mae, cached on the device": ("mae/digits", {"data.cache_on_device": True}),
     "dino": ("dino/digits", {"task.koleo": 0.1, "task.batch_norm": True, "encoder.drop_path": 0.1}),

@@ -3,10 +3,13 @@
 from sslvit.optim.ema import ema_update
 from sslvit.optim.groups import layer_decay_groups
 from sslvit.optim.guard import StepGuard
+from sslvit.optim.muon import Muon, check_matrices
 from sslvit.optim.schedules import cosine, warmup_cosine, warmup_stable_decay
 
 __all__ = [
+    "Muon",
     "StepGuard",
+    "check_matrices",
     "cosine",
     "ema_update",
     "layer_decay_groups",

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from sslvit.optim.muon import block_matrices
+
 # attention's temperature (LSA) would drift toward uniform attention; bias tables are exempt as in Swin's code
 NEVER_DECAY = ("attn.scale", "rel_pos.table")
 TOKENS = ("cls_token", "reg_token", "mask_token", "start_token", "query", "pos_embed", "pos_embed_prefix",
@@ -35,6 +37,7 @@ def layer_decay_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     spared: Sequence[str] = TOKENS,
+    muon: bool = False,
 ) -> list[dict]:
     """One group per learning rate and weight decay, each with `lr_scale` = layer_decay ** (depth + 1 - layer).
 
@@ -48,15 +51,18 @@ def layer_decay_groups(
         layer_decay: ratio of a layer's learning rate to that of the next layer.
         spared: tokens and position tables without weight decay. MAE's and DINO's released pretraining code exempts
             only biases and one-dimensional parameters, so none; MAE's fine-tuning exempts all that the encoder has.
+        muon: Whether the matrices of blocks are for Muon, in groups of their own.
     """
-    groups: dict[tuple[float, bool], dict] = {}
+    groups: dict[tuple[float, bool, int], dict] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
         does_decay = decays(name, parameter) and name.split(".")[-1] not in spared
         scale = layer_decay ** (depth + 1 - layer_of(name, depth))
-        group = groups.setdefault((scale, does_decay), {
+        matrices = block_matrices(name, parameter) if muon else 0
+        group = groups.setdefault((scale, does_decay, matrices), {
             "params": [], "weight_decay": weight_decay if does_decay else 0.0, "decays": does_decay, "lr_scale": scale,
+            "matrices": matrices,
         })  # fmt: skip
         group["params"].append(parameter)
     return sorted(groups.values(), key=lambda group: group["decays"])

@@ -23,6 +23,7 @@ NUMBER = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)  # such as 1e-3
 # key -> its names in other libraries
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "base_lr": ("lr", "learning_rate", "base_rate", "blr", "max_lr", "rate", "peak_lr"),
+    "name": ("optimizer", "opt"),
     "lrs": ("lr", "learning_rate", "base_rate"), "weight_decay": ("wd",), "warmup_epochs": ("warmup", "warmup_steps"),
     "clip_grad": ("clip", "grad_clip", "max_norm", "gradient_clip_val", "max_grad_norm"),
     "global_batch_size": ("batch_size", "batch", "bs"), "batch": ("batch_size", "bs"), "workers": ("num_workers",),

@@ -23,8 +23,13 @@ DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?)\s*{unit}\s*)?" for unit in U
 @dataclass
 @checked("optim.")
 class OptimSettings:
-    """AdamW with a learning rate that warms up linearly and then decays, updated every step."""
+    """AdamW or Muon, with a learning rate that warms up linearly and then decays, updated every step."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """Optimizer: adamw, or muon (Jordan et al. 2024) for the matrices of transformer blocks, with AdamW for all else.
+    Muon's updates have AdamW's size (Liu et al. 2025), so that learning rate and weight decay can stay as they are. Not
+    with train.strategy fsdp.
+    """
     base_lr: float | None = 1.5e-4
     """Learning rate at a global batch size of 256; the peak learning rate is base_lr x global_batch_size / 256. null
     for a usual value of the task, with a peak that grows with the square root of the batch size.

@@ -26,7 +26,7 @@ from sslvit.environment import keep_freed_memory
 from sslvit.files import counted
 from sslvit.models import Backbone, Encoder, ViTEncoder
 from sslvit.models.backbone import make_encoder
-from sslvit.optim import StepGuard, cosine, layer_decay_groups, warmup_cosine, warmup_stable_decay
+from sslvit.optim import Muon, StepGuard, check_matrices, cosine, layer_decay_groups, warmup_cosine, warmup_stable_decay
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, OptimSettings, TaskSettings
 from sslvit.tasks.start import adaptable, begin_with
@@ -353,9 +353,16 @@ class Task(pl.LightningModule):
     # ---- optimizer and schedules -----------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW; `optimizer_step` sets its learning rates in every step."""
-        first, second = self.optim.betas
-        return torch.optim.AdamW(self.parameter_groups(), lr=self.lr_at(0), betas=(first, second), fused=True)
+        """AdamW or Muon; `optimizer_step` sets its learning rates in every step.
+
+        Raises:
+            ValueError: Muon cannot train this network (`check_matrices`).
+        """
+        groups, lr, (first, second) = self.parameter_groups(), self.lr_at(0), self.optim.betas
+        if self.optim.name == "adamw":
+            return torch.optim.AdamW(groups, lr=lr, betas=(first, second), fused=True)
+        check_matrices(self.model)
+        return Muon(groups, lr, (first, second))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups by weight decay and by the factor of the learning rate."""
@@ -364,7 +371,8 @@ class Task(pl.LightningModule):
             (name.removeprefix("encoder.") if name.startswith("encoder.") else f"behind.{name}", parameter)
             for name, parameter in self.model.named_parameters()
         ]
-        return layer_decay_groups(named, self.encoder.settings.depth, optim.weight_decay, optim.layer_decay, spared)
+        return layer_decay_groups(named, self.encoder.settings.depth, optim.weight_decay, optim.layer_decay, spared,
+                                  muon=optim.name == "muon")  # fmt: skip
 
     @property
     def frozen_encoder_steps(self) -> int:

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslvit import rng
 from sslvit.models import Backbone, make_encoder
+from sslvit.optim import check_matrices
 from sslvit.settings import EncoderSettings, RunSettings
 from sslvit.settings.encoder import OF_A_BACKBONE
 from sslvit.settings.load import leaves
@@ -35,6 +36,8 @@ def check_backbone(settings: RunSettings, sides: list[int]) -> None:
     with rng.torch_seeded("check"):  # the run's own random numbers stay as they are
         network = make_encoder(encoder)
     assert isinstance(network, Backbone)
+    if settings.optim.name == "muon":
+        check_matrices(network)
     for size in [encoder.image_size, *([side, side] for side in sides)]:
         network.measure_width(size)
     fused = [module for module in network.modules() if isinstance(module, _BatchNorm) and type(module) not in PLAIN]

@@ -128,6 +128,10 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
         check_labeled("--val", settings.task.val)
         check_same_source(data.shards, settings.task.val, settings.task.allow_same_data, "--task.allow_same_data true")
     check_loggers(train)
+    if settings.optim.name == "muon" and train.strategy == "fsdp" and train.ranks > 1:
+        raise ValueError(
+            "optim.name: muon needs whole matrices, and train.strategy fsdp shards them. Use ddp, or adamw."
+        )
     if train.accelerator == "gpu" and not is_planned and not torch.cuda.is_available():
         raise ValueError("train.accelerator: gpu, but torch sees none here. Use auto or cpu.")
 

@@ -27,6 +27,7 @@ FIXED = [
     ("data.global_batch_size", None, "the order of the data and the learning rate follow from it"),
     ("data.limit", None, "the images were drawn with it"),
     ("data.limit_per_class", None, "the images were drawn with it"),
+    ("optim.name", None, "the optimizer's state in the checkpoint is of the other"),
     ("optim.betas", None, "the optimizer's averages in the checkpoint were made with it"),
     ("encoder.backbone", None, "the checkpoint holds the weights of one network"),
     ("encoder.pos_embed", None, "the checkpoint holds the table"),

@@ -40,6 +40,7 @@ from sslvit.train.folder import RunFolder
         {"recipe": "dino/digits", "train.micro_batch_size": 2, "task.batch_norm": True},
         {"recipe": "igpt/digits"},
         {"recipe": "igpt/digits", **BERT},
+        {"optim.name": "muon"},
     ],
 )
 def test_a_stopped_run_resumes_to_the_same_weights_and_metrics(

@@ -80,7 +80,7 @@ REFUSED_VALUES = {
     "encoder.init": "normal", "data.mixture": "copy", "data.global_batch_size": 6, "data.limit": 24,
     "data.limit_per_class": 9,
     "data.fit_normalization": True, "data.lanes": 2, "optim.betas": [0.8, 0.9], "optim.layer_decay": 0.9,
-    "seed": 1,
+    "optim.name": "muon", "seed": 1,
     "init": "copy", "task.target": "normalized", "task.hog_weight": 1.0, "task.decoder_width": 32,
     "task.decoder_depth": 2, "task.decoder_heads": 4, "task.decoder_mlp_ratio": 2.0,
 }  # fmt: skip

@@ -11,8 +11,8 @@ MAE, DINO, IGPT, CLASSIFIER, SAMPLING = (
     f"sslvit/models/{name}.py" for name in ("mae", "dino", "igpt", "classifier", "sampling")
 )
 LIKELIHOOD, RNG = "sslvit/evaluate/likelihood.py", "sslvit/rng.py"
-GROUPS, SCHEDULES, EMA, LARS, GUARD = (
-    f"sslvit/optim/{name}.py" for name in ("groups", "schedules", "ema", "lars", "guard")
+GROUPS, SCHEDULES, EMA, LARS, GUARD, MUON = (
+    f"sslvit/optim/{name}.py" for name in ("groups", "schedules", "ema", "lars", "guard", "muon")
 )
 OF_TASKS = ("tests/tasks/test_mae.py", "tests/tasks/test_every_task.py")
 OF_MAE = ("tests/tasks/test_mae.py", "tests/tasks/test_mae_golden.py")
@@ -23,6 +23,7 @@ OF_SAMPLING = ("tests/tasks/test_sampling.py",)
 OF_LABELS = ("tests/tasks/test_supervised.py", "tests/tasks/test_every_task.py")
 OF_LIKELIHOOD = ("tests/evaluate/test_likelihood.py",)
 OF_OPTIM = ("tests/optim/test_optim.py",)
+OF_MUON = ("tests/optim/test_muon.py",)
 OF_STEPS = ("tests/tasks/test_every_task.py",)
 
 FAULTS = [
@@ -1063,5 +1064,42 @@ FAULTS = [
         "(self.frequency + 1) / (self.frequency.sum() + self.colors)",
         "(self.frequency + 1e-9) / self.frequency.sum()",
         OF_LIKELIHOOD,
+    ),
+    Fault(
+        "Queries, keys and values are orthogonalized as one matrix",
+        MUON,
+        'return 3 if name.endswith(".qkv.weight") else 1',
+        "return 1",
+        OF_MUON,
+    ),
+    Fault(
+        "Muon's updates do not have the size of AdamW's",
+        MUON,
+        "lr * RMS * max(direction.shape[1:]) ** 0.5 * direction",
+        "lr * direction",
+        OF_MUON,
+    ),
+    Fault(
+        "Muon's momentum is not Nesterov's",
+        MUON,
+        "orthogonalize(gradient.lerp(after, MOMENTUM))",
+        "orthogonalize(after)",
+        OF_MUON,
+    ),
+    Fault("Muon's matrices do not decay", MUON, "old * (1 - lr * weight_decay) -", "old -", OF_MUON),
+    Fault("Muon updates in a skipped step", MUON, "if skip is not None:", "if False:", OF_MUON),
+    Fault(
+        "AdamW updates Muon's matrices, too",
+        MUON,
+        "parameter.grad = None  # so that AdamW passes over it",
+        "pass",
+        OF_MUON,
+    ),
+    Fault(
+        "Tall matrices are orthogonalized untransposed",
+        MUON,
+        "is_tall = views[0].shape[0] > views[0].shape[1]",
+        "is_tall = False",
+        OF_MUON,
     ),
 ]
