@@ -15,7 +15,7 @@ from sslvit.data.python_data import DataLike, path_of, takes_datasets
 from sslvit.environment import pick_device
 from sslvit.evaluate import embed as embedding
 from sslvit.evaluate import probe as probing
-from sslvit.evaluate.encoders import EncoderLike, Size, keeps_devices, open_encoder
+from sslvit.evaluate.encoders import EncoderLike, Size, borrows_modules, open_encoder
 from sslvit.evaluate.label_free import measure_health
 from sslvit.evaluate.layers import layer_numbers, plot_layers, probe_layers
 from sslvit.evaluate.probe import ProbeTable
@@ -34,7 +34,7 @@ from sslvit.settings.probe import Device, KNNSettings, Pooling, Precision
 
 @for_python
 @takes_datasets("train", "val", labels="needed")
-@keeps_devices
+@borrows_modules
 def probe(
     encoder: EncoderLike,
     train: DataLike,
@@ -91,7 +91,7 @@ def probe(
 
 @for_python
 @takes_datasets("train", "val", labels="needed")
-@keeps_devices
+@borrows_modules
 def knn(
     encoder: EncoderLike,
     train: DataLike,
@@ -130,7 +130,7 @@ def knn(
 
 @for_python
 @takes_datasets("train", "val", labels="read")
-@keeps_devices
+@borrows_modules
 def compare(
     encoders: Mapping[str, EncoderLike] | Sequence[str | os.PathLike[str]],
     train: DataLike,
@@ -191,7 +191,7 @@ def _by_row(encoders: Mapping[str, EncoderLike] | Sequence[str | os.PathLike[str
 
 @for_python
 @takes_datasets("data")
-@keeps_devices
+@borrows_modules
 def health(
     encoder: EncoderLike,
     data: DataLike,
@@ -266,7 +266,7 @@ def _measured(encoders: dict[str, Encoder], data: str, images: int, settings: Pr
 
 @for_python
 @takes_datasets("data")
-@keeps_devices
+@borrows_modules
 def embed(
     encoder: EncoderLike,
     data: DataLike,

@@ -10,7 +10,7 @@ from sslvit.data.open import open_shards
 from sslvit.data.python_data import DataLike, path_of, takes_datasets
 from sslvit.environment import pick_device
 from sslvit.evaluate import likelihood as pixel_likelihood
-from sslvit.evaluate.encoders import keeps_devices
+from sslvit.evaluate.encoders import borrows_modules
 from sslvit.evaluate.samples import SampledImages, complete_images, sample_images
 from sslvit.evaluate.scores import MeasureTable
 from sslvit.evaluate.sources import LabeledSet
@@ -26,7 +26,7 @@ from sslvit.tasks.released import load_igpt
 
 @for_python
 @takes_datasets("complete")
-@keeps_devices
+@borrows_modules
 def sample(
     run: str | os.PathLike[str] | IGPTModel,
     output: str | Path | None = None,
@@ -83,7 +83,7 @@ def sample(
 
 @for_python
 @takes_datasets("train", "val")
-@keeps_devices
+@borrows_modules
 def likelihood(
     run: str | os.PathLike[str] | IGPTModel,
     train: DataLike,

@@ -10,7 +10,7 @@ from typing import Any
 from sslvit.data.overlap import refuse_or_warn, stored_files, warn_of_shared
 from sslvit.evaluate import dense
 from sslvit.evaluate.dense import DenseTable
-from sslvit.evaluate.encoders import EncoderLike, Size, keeps_devices, open_encoder
+from sslvit.evaluate.encoders import EncoderLike, Size, borrows_modules, open_encoder
 from sslvit.evaluate.masks import MaskedImages
 from sslvit.evaluate.probe import SAME_DATA, untrained
 from sslvit.evaluate.scores import Scores, format_table, score_cells
@@ -67,7 +67,7 @@ def fitted_in_words(percent: dict[str, float]) -> str:
 
 
 @for_python
-@keeps_devices
+@borrows_modules
 def segment(
     encoder: EncoderLike,
     train: str | Path,

@@ -14,7 +14,7 @@ from sslvit.data.pack import pack_source
 from sslvit.data.pixels import check_palette_options, make_palette
 from sslvit.data.python_data import DataLike, MapDataset, path_of, takes_datasets
 from sslvit.evaluate.duplicates import NearDuplicates, check_comparable, find_near_duplicates
-from sslvit.evaluate.encoders import EncoderLike, keeps_devices, open_encoder
+from sslvit.evaluate.encoders import EncoderLike, borrows_modules, open_encoder
 from sslvit.files import check_new, check_new_picture, expand_path
 from sslvit.messages import for_python
 from sslvit.results import Result
@@ -167,7 +167,7 @@ def pack(
 
 @for_python
 @takes_datasets("against")
-@keeps_devices
+@borrows_modules
 def check(
     shards: str | Path,
     *,

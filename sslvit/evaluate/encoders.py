@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from sslvit.checkpoint import load_encoder
 from sslvit.files import expand_path
 from sslvit.models import Backbone, Encoder, ViTEncoder, device_and_dtype
+from sslvit.models.backbone import evaluating
 from sslvit.ranks import is_first_rank
 from sslvit.settings.probe import read_size
 
@@ -28,15 +30,18 @@ EncoderLike = str | os.PathLike[str] | nn.Module  # a ViTEncoder, a Backbone, or
 Size = int | str | Sequence[int]
 
 
-def keeps_devices(function: Callable[P, R]) -> Callable[P, R]:
-    """A decorator for functions that move encoders: moves modules in the arguments back to their devices afterwards."""
+def borrows_modules(function: Callable[P, R]) -> Callable[P, R]:
+    """A decorator for functions that use modules in evaluation mode: restores their devices and modes afterwards."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         modules = [value for value in tree_leaves((args, kwargs)) if isinstance(value, nn.Module)]
         devices = [device_and_dtype(module)[0] for module in modules]
         try:
-            return function(*args, **kwargs)
+            with ExitStack() as modes:
+                for module in modules:
+                    modes.enter_context(evaluating(module))
+                return function(*args, **kwargs)
         finally:
             for module, device in zip(modules, devices, strict=True):
                 module.to(device)

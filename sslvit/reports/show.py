@@ -22,7 +22,7 @@ from sslvit.data.reader import ShardReader
 from sslvit.environment import pick_device
 from sslvit.evaluate.attention import attention_measures, patch_colors, patch_similarity, receptive_field
 from sslvit.evaluate.dense import DenseTable
-from sslvit.evaluate.encoders import EncoderLike, Size, keeps_devices, open_encoder
+from sslvit.evaluate.encoders import EncoderLike, Size, borrows_modules, open_encoder
 from sslvit.evaluate.masks import MaskedImages
 from sslvit.evaluate.neighbors import find_neighbors, plot_neighbors
 from sslvit.evaluate.probe import untrained
@@ -87,7 +87,7 @@ class Picture(Result):
 
 @for_python
 @takes_datasets("data")
-@keeps_devices
+@borrows_modules
 def show(
     what: Shown,
     encoder: EncoderLike,

@@ -338,3 +338,14 @@ def test_commands_score_and_show_a_network_by_its_name(capsys, tmp_path, shards)
                   ["export", name, str(tmp_path / "out"), "--format", "timm"]):  # fmt: skip
         assert main(words) != 0
         assert "takes a vision transformer of sslvit, and this is torchvision:resnet18" in capsys.readouterr().err
+
+
+def test_a_network_in_training_mode_is_evaluated_and_remains_as_it_was(shards: Path) -> None:
+    net = Tiny().train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    # in training mode, batch normalization would normalize by the batch, and change its statistics
+    sslvit.show("neighbors", own(net), shards / "val", images=2)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    sslvit.embed(own(net), shards / "val", device="cpu", workers=0)
+    assert all(module.training for module in net.modules())
