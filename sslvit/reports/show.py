@@ -172,7 +172,11 @@ def show(
         elif what == "neighbors":
             network = open_encoder(encoder, crop_fraction, size).to(pick_device())
             reader = ShardReader(open_shards(source), network.settings.channels, 0)
-            plot_neighbors(network, reader, find_neighbors(network, reader, images, among=among or 1000), file)
+            found = find_neighbors(network, reader, images, among=among or 1000)
+            if not np.isfinite(found.similarity).all():
+                raise ValueError(f"{source}: features are not finite: the weights are broken. Has the run diverged "
+                                 "(health.json)?")  # fmt: skip
+            plot_neighbors(network, reader, found, file)
         elif what == "field":
             network = open_encoder(encoder, crop_fraction, size).to("cpu")
             plot_field(network, some_images(network.settings, source, images), file)

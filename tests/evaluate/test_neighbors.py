@@ -80,3 +80,16 @@ def test_the_command_draws_a_folder_without_labels(
     assert "--among 1: must be 2 or more" in capsys.readouterr().err
     assert main(["show", "field", *words[2:], "-o", str(tmp_path / "m.png"), "--among", "9"]) == 1
     assert "--among is for show neighbors" in capsys.readouterr().err
+
+
+def test_features_that_are_not_finite_have_no_neighbors(
+    encoder: ViTEncoder, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with torch.no_grad():
+        next(encoder.parameters()).fill_(torch.nan)
+    save_encoder(encoder, tmp_path / "encoder", {})
+    colored(tmp_path / "s")
+    words = ["show", "neighbors", str(tmp_path / "encoder"), str(tmp_path / "s"), "-o", str(tmp_path / "n.png")]
+    assert main(words) == 1
+    assert "features are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "n.png").exists()
