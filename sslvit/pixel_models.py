@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Unpack
 
 from sslvit.data.open import open_shards
+from sslvit.data.overlap import check_same_data
 from sslvit.data.python_data import DataLike, path_of, takes_datasets
 from sslvit.environment import pick_device
 from sslvit.evaluate import likelihood as pixel_likelihood
@@ -120,6 +121,7 @@ def likelihood(
         LabeledSet(open_shards(path_of(source)), settings.channels, None, max_unreadable_fraction)
         for source in (train, val)
     )
+    check_same_data(counted.index, scored.index, is_allowed=True, option="")
     rows = pixel_likelihood.likelihood(model, counted, scored, batch)
     heading = (
         f"{scored.count_text} of {scored.index.location}; counted on {counted.count_text} of {counted.index.location}\n"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from shard_fixtures import image_folder
 
+import sslvit
 from sslvit.cli import main
 from sslvit.data.array_images import array_samples
 from sslvit.data.folders import folder_source
@@ -236,6 +237,21 @@ def test_unreadable_images_are_left_out(model: IGPTModel, tmp_path: Path) -> Non
     assert in_palette(model, LabeledSet(index, 1, max_unreadable_fraction=0.2)).shape == (5, 6, 6)
     with pytest.raises(ValueError, match="1 of 6 images cannot be read"):
         in_palette(model, LabeledSet(index, 1))
+
+
+def test_a_warning_says_that_scored_images_are_counted_too(
+    model: IGPTModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    grays = np.random.default_rng(0).integers(0, 256, (24, 6, 6)).astype(np.uint8)
+    for name, part in (("train", grays[:16]), ("val", grays[16:]), ("both", grays)):
+        pack(array_samples(part), tmp_path / name)
+    said = {}
+    for name in ("train", "val", "both"):
+        sslvit.likelihood(model, tmp_path / "train", tmp_path / name, device="cpu")
+        said[name] = capsys.readouterr().out
+    assert "the same images, so these scores say nothing of others" in said["train"]
+    assert "warning" not in said["val"]
+    assert "16 of 24 images to be scored that were compared are in both" in said["both"]
 
 
 def test_the_table_and_its_command(model: IGPTModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
