@@ -136,6 +136,15 @@ def likelihood(
 
 
 def _pixel_model(run: str | os.PathLike[str] | IGPTModel, device: Device) -> IGPTModel:
-    """Load a pixel model, unless it is one already, and move it to a device."""
+    """Load a pixel model, unless it is one already, and move it to a device.
+
+    Raises:
+        ValueError: The model sees the pixels that it predicts.
+    """
     model = run if isinstance(run, IGPTModel) else load_igpt(expand_path(run))
+    if not model.encoder.settings.causal:
+        raise ValueError(
+            "run: a model that attends both ways (encoder.causal is false) does not predict the next pixel, which "
+            "sampling and likelihoods need. Give one of the autoregressive objective."
+        )
     return model.to(pick_device(device))

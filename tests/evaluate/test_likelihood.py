@@ -254,6 +254,18 @@ def test_a_warning_says_that_scored_images_are_counted_too(
     assert "16 of 24 images to be scored that were compared are in both" in said["both"]
 
 
+def test_a_model_that_sees_the_pixels_that_it_predicts_has_no_likelihood(tmp_path: Path) -> None:
+    encoder = EncoderSettings(
+        image_size=6, channels=1, mean=[0.5], std=[0.5], tokens="pixel", patch=1, width=16, depth=1, heads=2,
+        class_token=False, prefix_positions="none", pooling="mean", mask_token=True,
+    )  # fmt: skip
+    model = IGPTModel(IGPTSettings(objective="bert"), encoder)
+    with pytest.raises(ValueError, match="attends both ways"):
+        sslvit.likelihood(model, tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="attends both ways"):
+        sslvit.sample(model)
+
+
 def test_the_table_and_its_command(model: IGPTModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source, grays = np.random.default_rng(0), {}
     for name, count, most in (("train", 40, 64), ("val", 10, 96)):
