@@ -20,7 +20,7 @@ from sslvit.messages import for_python
 from sslvit.models.igpt import IGPTModel
 from sslvit.settings.keywords import SampleKeywords
 from sslvit.settings.load import from_keywords
-from sslvit.settings.probe import Device
+from sslvit.settings.probe import Device, ForwardPasses, KNNSettings
 from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.released import load_igpt
 
@@ -71,6 +71,7 @@ def sample(
         output = expand_path(output)
         check_new_picture(output)
     found = from_keywords(SampleSettings, dict(settings))
+    from_keywords(ForwardPasses, {"device": device})
     model = _pixel_model(run, device)
     if complete is None:
         made = sample_images(model, count or 16, found)
@@ -115,6 +116,8 @@ def likelihood(
         table = sslvit.likelihood("runs/igpt", "shards/train", "shards/val")
         print(table.rows["iGPT"]["nats per pixel"])
     """
+    given = {"batch": batch, "device": device, "max_unreadable_fraction": max_unreadable_fraction}
+    from_keywords(KNNSettings, {"train": "", "val": "", **given})
     model = _pixel_model(run, device)
     settings = model.encoder.settings
     counted, scored = (

@@ -266,6 +266,15 @@ def test_a_model_that_sees_the_pixels_that_it_predicts_has_no_likelihood(tmp_pat
         sslvit.sample(model)
 
 
+def test_arguments_from_python_are_checked_as_those_of_the_commands_are(model: IGPTModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device.*gpu"):
+        sslvit.likelihood(model, tmp_path, tmp_path, device="gpu")
+    with pytest.raises(ValueError, match="device.*gpu"):
+        sslvit.sample(model, device="gpu")
+    with pytest.raises(ValueError, match=r"max_unreadable_fraction=1.*: must be in \[0, 1\)"):
+        sslvit.likelihood(model, tmp_path, tmp_path, max_unreadable_fraction=1.0)
+
+
 def test_the_table_and_its_command(model: IGPTModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source, grays = np.random.default_rng(0), {}
     for name, count, most in (("train", 40, 64), ("val", 10, 96)):
