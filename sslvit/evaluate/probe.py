@@ -147,6 +147,8 @@ def probe(encoders: Mapping[str, Encoder], settings: ProbeSettings) -> ProbeTabl
             take images of different channels.
         FileNotFoundError: no shards there.
     """
+    if not (settings.protocol or settings.labels_per_class or settings.labels_percent or settings.neighbors):
+        raise ValueError("--neighbors []: there is nothing to score by. Give numbers of neighbors, such as 10 20.")
     train_index, val_index = open_labeled(settings)
     device = pick_device(settings.device)
     encoders = {name: encoder.to(device) for name, encoder in encoders.items()}

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,12 @@ def test_training_data_as_test_data_is_refused_or_said_below_the_table(
     assert main([*words, "--allow-same-data"]) == 0
     said = capsys.readouterr().out
     assert "the scored images are those that heads were fitted on: these scores say nothing of others" in said
+
+
+def test_a_table_without_columns_is_refused(shards: Path) -> None:
+    for score in (sslvit.knn, partial(sslvit.probe, protocol=None)):
+        with pytest.raises(ValueError, match=r"neighbors=\[\]: there is nothing to score by"):
+            score(make(), shards / "train", shards / "val", neighbors=[], device="cpu", cache=None)
 
 
 def test_seeds_draw_the_untrained_weights_anew(shards: Path) -> None:
