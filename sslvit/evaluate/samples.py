@@ -23,6 +23,7 @@ from sslvit.settings.sample import SampleSettings
 logger = logging.getLogger(__name__)
 
 COLUMNS = 8  # generated images per row
+FAR = 2**30  # rows of random numbers from one completion of an image to the next
 
 
 @dataclass(repr=False)
@@ -76,7 +77,7 @@ def complete_images(
     pixels = encoder.grid[0] * encoder.grid[1]
     known = round(given * pixels) if 0 <= given < 1 else pixels
     if known == pixels:
-        raise ValueError(f"--given {given}: that is {known} of {pixels} pixels. It must be in [0, 1).")
+        raise ValueError(f"--given {given}: that is {known} of {pixels} pixels. Give 0 or more, but not all.")
     index = open_shards(images)
     samples = np.arange(min(count, len(index)))
     views = encoder_views(encoder)
@@ -88,7 +89,9 @@ def complete_images(
     embed = model.encoder.pixel_tokens
     view = normalized_view(batch, encoder, embed.palette.device)[batch.valid.to(embed.palette.device)]
     colors = embed.quantize(view)  # b n
-    completed = complete(model.encoder, model.head, colors[:, :known].repeat(draws, 1), settings)
-    titles, rows = completion_rows(model.encoder, colors, known, list(completed.chunk(draws)))
-    made = np.stack(rows[1:-1], 1)  # b draws c h w
-    return SampledImages(made.reshape(-1, *made.shape[2:]), rows, titles)
+    # the same random numbers for a completion of an image, however many images and completions are asked for
+    rows = (np.arange(draws)[:, None] * FAR + np.flatnonzero(batch.valid.cpu())).reshape(-1)
+    completed = complete(model.encoder, model.head, colors[:, :known].repeat(draws, 1), settings, rows)
+    titles, shown = completion_rows(model.encoder, colors, known, list(completed.chunk(draws)))
+    made = np.stack(shown[1:-1], 1)  # b draws c h w
+    return SampledImages(made.reshape(-1, *made.shape[2:]), shown, titles)

@@ -21,7 +21,11 @@ UNITS = 2**48  # integer units of a probability of one: integer sums do not depe
 
 @torch.no_grad()
 def complete(
-    encoder: ViTEncoder, head: nn.Module, given: Int[Tensor, "b k"], settings: SampleSettings
+    encoder: ViTEncoder,
+    head: nn.Module,
+    given: Int[Tensor, "b k"],
+    settings: SampleSettings,
+    rows: np.ndarray | None = None,
 ) -> Int[Tensor, "b n"]:
     """Complete images from their first pixels by sampling the rest from the model.
 
@@ -30,6 +34,7 @@ def complete(
         head: tokens -> logits of the colors.
         given: palette indices of the first pixels, row by row; zero pixels ('b 0') to generate whole images.
         settings: temperature, top-k, top-p, seed and batch size.
+        rows: The row of each image in the seed's table of random numbers; by default the images are counted.
 
     Returns:
         Palette indices of complete images, row by row.
@@ -41,7 +46,7 @@ def complete(
     if given.shape[1] > positions:
         raise ValueError(f"{given.shape[1]} pixels are given, but this encoder's images have {positions}.")
     device = encoder.pixel_tokens.palette.device
-    table = rng.uniform((settings.seed, "sampling"), np.arange(len(given)), positions)
+    table = rng.uniform((settings.seed, "sampling"), np.arange(len(given)) if rows is None else rows, positions)
     numbers = torch.from_numpy(table).to(device)
     colors = F.pad(given.to(device), (0, positions - given.shape[1]))  # b n
     todo = len(given) * (positions - given.shape[1])

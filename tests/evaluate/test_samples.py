@@ -83,6 +83,13 @@ def test_completions_stand_between_input_and_original(run: Path, drawn: list, tm
     assert not np.array_equal(*completed)
 
 
+def test_a_completion_does_not_depend_on_how_many_are_made(run: Path, tmp_path: Path) -> None:
+    model, folder = load_igpt(run), image_folder(tmp_path / "images", count=4)
+    many = samples.complete_images(model, str(folder), 4, 0.4, 3, SampleSettings())
+    few = samples.complete_images(model, str(folder), 2, 0.4, 2, SampleSettings())
+    assert all(np.array_equal(many.rows[1 + draw][:2], few.rows[1 + draw]) for draw in range(2))
+
+
 def test_images_are_completed_as_evaluation_sees_them(run: Path, tmp_path: Path) -> None:
     """The encoder's own crop: here the whole image at another aspect ratio, and not its middle."""
     folder = tmp_path / "images"
