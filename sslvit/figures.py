@@ -24,6 +24,7 @@ GAP = 0.06  # inches between images, whose left edges are an inch apart
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9"]  # as on HTML pages; colorblind-safe
 FINE = 16  # smallest width in pixels at which a gap of a whole pixel is narrow enough
 FONT_SIZE = 9  # of all text in figures
+LINE = 0.16  # inches from one line of text to the next
 
 
 class TextFigure(Figure):
@@ -74,20 +75,22 @@ def plot_images(
     """
     columns, space = max(row.shape[0] for row in rows), 0.16 if captions else 0.0
     left = max([0.05, *(0.2 + _inches(line) for text in titles if text for line in text.split("\n"))])
-    width = left + columns + 0.05
+    width = max(left + columns + 0.05, *(_inches(line) + 0.2 for line in title.split("\n")))
     y = 0.45 if title else 0.05
     figure = TextFigure(dpi=120)
     axes = figure.add_axes((0, 0, 1, 1))  # in inches, from the top left corner
     for r, row in enumerate(rows):
         y += space
         height = (1 - GAP) * row.shape[2] / row.shape[3]
+        free = max(LINE * (titles[r].count("\n") + 1) - height, 0.0)  # beside very wide images
+        y += free / 2
         strip, end = _side_by_side(row)
         axes.imshow(strip, vmin=0, vmax=1, interpolation="antialiased", extent=(left, left + end, y + height, y))
         axes.text(left - 0.08, y + height / 2, titles[r], ha="right", va="center")
         for c in range(row.shape[0] if captions else 0):
             assert captions is not None
             axes.text(left + c + (1 - GAP) / 2, y - 0.02, captions[r][c], ha="center", va="bottom")
-        y += height + GAP
+        y += height + free / 2 + GAP
     axes.set(xlim=(0, width), ylim=(y, 0), aspect="auto")
     axes.set_axis_off()
     figure.set_size_inches(width, y)

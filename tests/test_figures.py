@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
@@ -92,6 +93,24 @@ def test_titles_of_rows_are_not_cut_off(tmp_path: Path) -> None:
         drawn = np.asarray(Image.open(plot_images(tmp_path / "rows.png", rows, [title, "x"])).convert("L"))
         assert (drawn[:, :2] == 255).all(), title
         assert (drawn < 255).any()
+
+
+@pytest.mark.parametrize("side", [16, 256])
+def test_titles_of_wide_images_and_of_a_narrow_figure_are_legible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    kept: list = []
+    monkeypatch.setattr("sslvit.figures._save", lambda figure, path: kept.append(figure) or Path(path))
+    rows = [np.zeros((2, 3, 16, side))] * 3
+    title = "the nearest of 3 images, by the cosine similarity of their features"
+    plot_images(tmp_path / "rows.png", rows, ["input", "what the\nencoder sees", "reconstruction"], title)
+    (figure,) = kept
+    figure.savefig(tmp_path / "rows.png")  # sets the size of all text
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in [*figure.axes[0].texts, *figure.texts]]
+    assert len(boxes) == 4
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
 def test_numbers_stand_above_their_intervals_and_legends_within_the_figure(
