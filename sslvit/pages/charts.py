@@ -92,7 +92,7 @@ def line_chart(title: str, lines: Lines, x_label: str, y_label: str) -> str:
     axis = json.dumps([low_x, high_x, LEFT, right, x_label])
     return (
         f'<figure data-lines="{html.escape(json.dumps(values))}" data-axis="{html.escape(axis)}">'
-        f"<figcaption><strong>{html_text(title)}</strong> {''.join(keys) if len(drawn) > 1 else ''}</figcaption>"
+        f"<figcaption><strong>{html_text(title)}</strong> {''.join(keys)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html_text(title)}">{"".join(shapes)}'
         f'<line class="mark" y1="{TOP}" y2="{bottom}" visibility="hidden"/></svg><output></output></figure>'
     )

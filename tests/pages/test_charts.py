@@ -22,7 +22,7 @@ def lines_of(chart: str) -> list:
 
 def test_a_line_runs_from_corner_to_corner() -> None:
     chart = line_chart("Loss", {"a": ([0, 10], [1.0, 3.0])}, "step", "loss")
-    ((first, last),) = re.findall(r'class="smooth" d="M(.*?)L(.*?)"', chart)
+    ((first, last),) = re.findall(r'class="smooth" d="M(.*?)L(.*?)"', chart.partition("</figcaption>")[2])
     (x0, y0), (x1, y1) = (map(float, point.split()) for point in (first, last))
     assert (x0, x1) == (LEFT, WIDTH - RIGHT)
     room = HEIGHT - BOTTOM - TOP
@@ -89,6 +89,10 @@ def test_lines_beyond_the_colors_differ_in_their_key() -> None:
     chart = line_chart("Loss", {f"run {number}": ([0, 1], [0, 1]) for number in range(8)}, "step", "loss")
     chips = re.findall(r'<svg class="chip".*?</svg>', chart)
     assert len(set(chips)) == 8
+
+
+def test_a_line_alone_has_a_key_too_since_a_chart_may_show_several_metrics() -> None:
+    assert "</svg>probe/knn</span>" in line_chart("Accuracy", {"probe/knn": ([1, 2], [3, 4])}, "step", "%")
 
 
 def test_names_are_no_markup() -> None:
