@@ -14,6 +14,7 @@ from torch import Tensor
 from sslvit.checkpoint import load_encoder
 from sslvit.exporters import destination, onnx, safetensors, timm, torch, transformers, verify
 from sslvit.exporters.card import CARD, known_scores, make_card, write_card
+from sslvit.exporters.cropping import IMAGE_CHANNELS
 from sslvit.exporters.destination import IN_PROGRESS, VERDICT, complete_or_removed, is_write_failure
 from sslvit.exporters.exported import Exported, Reopened, with_outputs
 from sslvit.exporters.hub import hub_license
@@ -189,7 +190,7 @@ def _write_and_verify(
         if isinstance(exporter, FoldsWeights) and exported.settings.layer_scale is not None:
             rescaled = exporter.reopen_with_unit_scale(temporary, exported)
             verdict["unit_layer_scale"] = verify.compare(verify.with_unit_scale(exported), rescaled, inputs)
-        if isinstance(exporter, Preprocesses) and exported.settings.channels in verify.IMAGE_CHANNELS:
+        if isinstance(exporter, Preprocesses) and exported.settings.channels in IMAGE_CHANNELS:
             preprocessing = exporter.preprocessing(temporary, exported)
             verdict["preprocessing"] = verify.compare_preprocessing(exported, preprocessing)
     except Exception as error:  # other libraries may raise anything

@@ -7,6 +7,8 @@ from PIL.Image import Image, Resampling
 
 from sslvit.settings import EncoderSettings
 
+IMAGE_CHANNELS = (1, 3)  # channels of images that other libraries can read
+
 
 def resized_sides(settings: EncoderSettings) -> list[int]:
     """Height and width that a library resizes to before the center crop: larger by an even number of pixels.
@@ -39,6 +41,12 @@ def fit(image: Image, settings: EncoderSettings) -> Image:
     return ImageOps.fit(image, (width, height), resampling, bleed=cut)
 
 
+def zeros_snippet(settings: EncoderSettings) -> str:
+    """A line of Python that stands for a normalized batch of images of which photo.jpg cannot be one."""
+    shape = ", ".join(map(str, (1, settings.channels, *settings.size)))
+    return f"torch.zeros({shape})  # prepared as below"
+
+
 def open_snippet(settings: EncoderSettings) -> str:
     """A line of Python that opens a photo, upright and with the encoder's channels."""
     mode = "L" if settings.channels == 1 else "RGB"
@@ -47,7 +55,7 @@ def open_snippet(settings: EncoderSettings) -> str:
 
 def array_snippet(settings: EncoderSettings) -> list[str]:
     """Lines of Python that make a batch from a photo, for a program that expects normalized pixels."""
-    if settings.channels not in (1, 3):
+    if settings.channels not in IMAGE_CHANNELS:
         shape = (1, settings.channels, *settings.size)
         return [f"images = np.zeros({shape}, np.float32)  # prepared as below"]
     return [

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sslvit.checkpoint import HEAD, load_encoder, save_encoder
+from sslvit.exporters.cropping import IMAGE_CHANNELS
 from sslvit.exporters.exported import Exported, with_outputs
 from sslvit.models import require_transformer
 
@@ -52,5 +53,9 @@ def usage(exported: Exported, is_fixed: bool) -> str:
         "tokens": "encoder(images)", "features": "encoder.features(images)",
         "logits": 'encoder.pool(encoder(images)) @ head["head.weight"].T + head["head.bias"]',
     }  # fmt: skip
-    lines.append('images = encoder.preprocess("photo.jpg")')
+    photo = '"photo.jpg"'
+    if exported.settings.channels not in (*IMAGE_CHANNELS, 4):  # a photo may have alpha, or gets it
+        lines = ["import numpy as np", *lines]
+        photo = f"np.zeros(({', '.join(map(str, (*exported.settings.size, exported.settings.channels)))}), np.uint8)"
+    lines.append(f"images = encoder.preprocess({photo})")
     return "\n".join([*lines, f"{exported.outputs} = {call[exported.outputs]}"])

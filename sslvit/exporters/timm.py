@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sslvit.environment import require_packages
 from sslvit.exporters import plain_vit
-from sslvit.exporters.cropping import open_snippet, resized_sides
+from sslvit.exporters.cropping import IMAGE_CHANNELS, open_snippet, resized_sides, zeros_snippet
 from sslvit.exporters.exported import Exported, save_tensors
 from sslvit.layouts.dinov3 import NORM_EPS, to_timm
 from sslvit.layouts.timm import from_sslvit
@@ -155,6 +155,13 @@ def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]
 
 def usage(exported: Exported, is_fixed: bool) -> str:
     """Lines of Python that load and run the export."""
+    if exported.settings.channels not in IMAGE_CHANNELS:
+        return f"""import timm
+import torch
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()
+images = {zeros_snippet(exported.settings)}
+{exported.outputs} = model(images)"""
     return f"""import timm
 from PIL import Image, ImageOps
 

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from sslvit.environment import require_packages
 from sslvit.exporters import plain_vit, transformers_kinds
-from sslvit.exporters.cropping import fit, fit_snippet, is_fitted, open_snippet, resized_sides
+from sslvit.exporters.cropping import (
+    IMAGE_CHANNELS,
+    fit,
+    fit_snippet,
+    is_fitted,
+    open_snippet,
+    resized_sides,
+    zeros_snippet,
+)
 from sslvit.exporters.exported import Exported, Reopened, masking_noise, save_tensors
 from sslvit.layouts import openai_igpt, transformers_folder, vit_mae
 from sslvit.layouts.transformers import with_neutral
@@ -286,15 +294,16 @@ def usage(exported: Exported, is_fixed: bool) -> str:
     kind, is_pooled_there = model_type(settings, outputs), outputs == "features" and settings.pooling == "attention"
     auto = LOADERS.get(outputs, "AutoModel")
     more = ", add_pooling_layer=False" if has_unused_pooler(exported) else ""
+    is_photo = settings.channels in IMAGE_CHANNELS
     lines = [
-        *(["import torch"] if settings.tokens == "pixel" else []),
-        "from PIL import Image, ImageOps",
-        f"from transformers import AutoImageProcessor, {auto}", "",
-        'processor = AutoImageProcessor.from_pretrained(".")',
+        *(["import torch"] if settings.tokens == "pixel" or not is_photo else []),
+        *(["from PIL import Image, ImageOps"] if is_photo else []),
+        f"from transformers import {'AutoImageProcessor, ' if is_photo else ''}{auto}", "",
+        *(['processor = AutoImageProcessor.from_pretrained(".")'] if is_photo else []),
         f'model = {auto}.from_pretrained("."{more}).eval()',
-        open_snippet(settings),
+        open_snippet(settings) if is_photo else f"pixels = {zeros_snippet(settings)}",
     ]  # fmt: skip
-    if is_fitted(settings):
+    if is_photo and is_fitted(settings):
         lines.append(f"{fit_snippet(settings)}  # the processor would squash it")
     if settings.tokens == "pixel":
         lines += [
@@ -310,7 +319,7 @@ def usage(exported: Exported, is_fixed: bool) -> str:
             lines.append(f"tokens = model.{norm}(found.hidden_states[{layer}])")
     else:
         size = ", interpolate_pos_encoding=True" if resamples_on_request(kind) and not is_fixed else ""
-        lines.append('pixels = processor(image, return_tensors="pt")["pixel_values"]')
+        lines += ['pixels = processor(image, return_tensors="pt")["pixel_values"]'] if is_photo else []
         if outputs in LOADERS:
             lines.append(f"{outputs} = model(pixels{size}).logits")
         elif is_pooled_there:

@@ -22,7 +22,6 @@ from sslvit.settings import EncoderSettings
 TOLERANCE = 1e-5  # relative to the largest output, or to 1 for smaller tokens and features; float32 on both sides
 RESIZE_TOLERANCE = 0.005  # mean, relative to a channel's std: libraries round differently when they resize
 ROUNDING = 0.28  # mean, in levels of 255, which matters for small stds: pixels are rounded once or twice
-IMAGE_CHANNELS = (1, 3)  # channels of images that other libraries can read
 
 
 def check_inputs(settings: EncoderSettings, is_fixed: bool) -> list[Tensor]:

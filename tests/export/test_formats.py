@@ -368,6 +368,21 @@ def test_the_snippet_of_a_card_runs_in_its_folder_and_gives_what_the_card_says(
     torch.testing.assert_close(torch.as_tensor(left[outputs]), exported(images), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [2, 4, 5])
+@pytest.mark.parametrize("kind", ["timm", "transformers", "safetensors"])
+def test_the_snippet_of_a_card_runs_for_images_that_are_no_photographs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, channels: int
+) -> None:
+    saved(tmp_path / "e", channels=channels, mean=[0.5] * channels, std=[0.25] * channels)
+    export_encoder(tmp_path / "e", tmp_path / "out", kind)
+    Image.new("RGB", (20, 20)).save(tmp_path / "out" / "photo.jpg")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path / "out")
+    left: dict = {}
+    exec(compile(snippet, "README.md", "exec"), left)
+    assert left["features"].shape == (1, 32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torch", "onnx"])
 @pytest.mark.parametrize("outputs", ["tokens", "features", "logits"])
