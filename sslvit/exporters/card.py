@@ -94,10 +94,12 @@ def hub_header(card: dict[str, Any], name: str) -> dict[str, Any]:
     """The metadata at the top of a card for Hugging Face's Hub; the license is the one given by the author."""
     is_classifier = card["outputs"] == "logits"
     task = [card["task"]] if card["task"] in TASK_SETTINGS else []
+    # of imported weights it is not known, and CLIP's or DeiT's have labels
+    how = ["self-supervised-learning"] if card["task"] not in (None, "supervised") else []
     header: dict[str, Any] = {
         "license": card["license"], "library_name": LIBRARIES.get(card["format"], "sslvit"),
         "pipeline_tag": "image-classification" if is_classifier else "image-feature-extraction",
-        "tags": ["sslvit", "vision-transformer", "self-supervised-learning", *task],
+        "tags": ["sslvit", "vision-transformer", *how, *task],
     }  # fmt: skip
     results = [result for content in card["scores"].values() if (result := _hub_result(content, card["fingerprint"]))]
     if results:

@@ -519,6 +519,11 @@ def test_the_hub_reads_the_top_of_a_card(tmp_path: Path) -> None:
         "license": "unknown", "library_name": "timm", "pipeline_tag": "image-feature-extraction",
         "tags": ["sslvit", "vision-transformer", "self-supervised-learning", "mae"],
     }  # fmt: skip
+    for task, tags in (("supervised", ["supervised"]), (None, [])):
+        save_encoder(encoder, tmp_path / f"of {task}", {"task": task} if task else {"imported_from": "vit.pth"})
+        export_encoder(tmp_path / f"of {task}", tmp_path / f"out {task}", "safetensors")
+        header = yaml.safe_load((tmp_path / f"out {task}" / "README.md").read_text().split("---\n")[1])
+        assert header["tags"] == ["sslvit", "vision-transformer", *tags]
     ((index,),) = (scored["model-index"],)
     (result,) = index["results"]
     assert index["name"] == "scored"
