@@ -15,6 +15,7 @@ from sslvit.files import printable
 from sslvit.results import MAX_CHARACTERS, Result, text_table
 
 Scores = dict[str, dict[str, list[float]]]  # row -> column -> one score for each draw or seed
+MAX_DECIMALS = 9  # that a table shows
 STARTS_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # a cell that starts so is a formula, unless it is a number
 MARKDOWN_SIGNS = re.compile(r"[\\`*\[\]$~#|!]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is plain text
 MARKDOWN_STARTS = re.compile(r"^(\s*)([-+=]|\d+(?=[.)](?:\s|$)))")  # a list, or a line's underline
@@ -115,6 +116,19 @@ def read_scores(rows: Any) -> Scores:
     return found if scores and all(scores) and is_sound else {}
 
 
+def read_decimals(content: dict[str, Any]) -> int | None:
+    """Decimals of the measures in a file; None for percentages, of which more is better."""
+    decimals = content.get("decimals")
+    return decimals if isinstance(decimals, int) and 0 <= decimals <= MAX_DECIMALS else None
+
+
+def scored_data(content: dict[str, Any]) -> tuple[Any, Any]:
+    """The location of the images that a file's scores or measures are of, and their number; None if it has none."""
+    about = content.get("about")
+    about = about if isinstance(about, dict) else {}
+    return about.get("val", about.get("data")), about.get("val_images", about.get("images"))
+
+
 def format_table(rows: Scores, decimals: int = 1) -> str:
     """A table in plain text."""
     return text_table(*score_cells(rows, decimals))
@@ -154,16 +168,16 @@ class MeasureTable(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """The rows, and everything a reader needs to quote them."""
-        return {"rows": self.rows, "about": self.about}
+        return {"rows": self.rows, "decimals": self.decimals, "about": self.about}
 
     def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
         """The titles and rows of the table."""
         return score_cells(self.scores, self.decimals)
 
 
-def markdown_table(rows: Scores) -> str:
+def markdown_table(rows: Scores, decimals: int = 1) -> str:
     """A table in Markdown."""
-    (_, *columns), lines = score_cells(rows)
+    (_, *columns), lines = score_cells(rows, decimals)
     made = [f"| | {' | '.join(map(markdown_text, columns))} |", "|---" * (len(columns) + 1) + "|"]
     for name, *cells in lines:
         made.append(f"| {markdown_text(name)} | {' | '.join(map(str, cells))} |")

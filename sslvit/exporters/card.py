@@ -12,7 +12,7 @@ import yaml
 
 from sslvit import __version__
 from sslvit.checkpoint import fingerprint
-from sslvit.evaluate.scores import markdown_table, markdown_text, read_scores
+from sslvit.evaluate.scores import markdown_table, markdown_text, read_decimals, read_scores, scored_data
 from sslvit.exporters.cropping import whole_pixel_fraction
 from sslvit.exporters.exported import Exported
 from sslvit.files import printable
@@ -200,8 +200,7 @@ def _scores(file: str, content: dict[str, Any], fingerprint: str) -> list[str]:
     named = fingerprints_in(content)
     mine = [markdown_text(row) for row, value in named.items() if value == fingerprint]
     whose = f"this encoder is the row {', '.join(mine)}." if mine else "the file does not name its encoder."
-    about = content.get("about")
-    about = about if isinstance(about, dict) else {}
-    data = about.get("val")
-    of = f" On {markdown_text(data)}, {markdown_text(about.get('val_images'))} images." if data else ""
-    return [f"{markdown_text(file)}: {whose}{of}", "", markdown_table(table)]
+    data, images = scored_data(content)
+    of = f" On {markdown_text(data)}, {markdown_text(images)} images." if data else ""
+    decimals = read_decimals(content)
+    return [f"{markdown_text(file)}: {whose}{of}", "", markdown_table(table, 1 if decimals is None else decimals)]

@@ -105,8 +105,8 @@ def heading(content: str) -> str:
     return f"<h2>{html_text(content)}</h2>"
 
 
-def table(rows: Scores) -> str:
-    """Make a table of scores with the best of each column in bold."""
+def table(rows: Scores, decimals: int | None = None) -> str:
+    """Make a table of percentages with the best of each column in bold, or of measures with that many decimals."""
     columns = columns_of(rows)
     best = {column: max(mean(of[column]) for of in rows.values() if of.get(column)) for column in columns}
     lines = []
@@ -114,8 +114,9 @@ def table(rows: Scores) -> str:
         cells = [f"<td>{html_text(name)}</td>"]
         for column in columns:
             is_best = bool(of.get(column)) and mean(of[column]) == best[column]
-            mark = ' class="best"' if is_best and len(rows) > 1 else ""
-            cells.append(f"<td{mark}>{html_text(format_score(of.get(column)))}</td>")
+            mark = ' class="best"' if is_best and len(rows) > 1 and decimals is None else ""
+            shown = format_score(of.get(column), 1 if decimals is None else decimals)
+            cells.append(f"<td{mark}>{html_text(shown)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     head = "".join(f"<th>{html_text(column)}</th>" for column in ("", *columns))
     body = "\n".join(lines)

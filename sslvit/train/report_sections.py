@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sslvit.evaluate.scores import read_scores
+from sslvit.evaluate.scores import read_decimals, read_scores, scored_data
 from sslvit.pages.charts import breakdown_chart, line_chart
 from sslvit.pages.page import figure_row, heading, is_plain, picture, table, text, text_rows
 from sslvit.results import decimals
@@ -176,10 +176,11 @@ def scores(named: Named) -> list[str]:
             if file == files.folder.scores and isinstance(content.get("top1"), float):
                 made.append(text(f"{name}, {file.name}: {files.folder.scores_in_words()}"))
             elif rows := read_scores(content.get("draws")) or read_scores(content.get("rows")):
-                count = value_in(content, "about.val_images")
-                what = "scores" if value_in(content, "about.probed") is None else "top-1 accuracy (%)"
-                on = f" on {count:,} images of {value_in(content, 'about.val')}" if isinstance(count, int) else ""
-                made += [text(f"{name}, {file.name}: {what}{on}"), table(rows)]
+                (data, count), decimals = scored_data(content), read_decimals(content)
+                what = "top-1 accuracy (%)" if value_in(content, "about.probed") is not None else "scores"
+                what = what if decimals is None else "measures"
+                on = f" on {count:,} images of {data}" if isinstance(count, int) else ""
+                made += [text(f"{name}, {file.name}: {what}{on}"), table(rows, decimals)]
     return [heading("Scores"), *made] if made else []
 
 

@@ -23,6 +23,7 @@ from sslvit.checkpoint import fingerprint, load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
+from sslvit.evaluate.scores import MeasureTable
 from sslvit.exporters import export_encoder
 from sslvit.exporters import timm as timm_format
 from sslvit.exporters.destination import IN_PROGRESS, move_foreign_files
@@ -129,6 +130,16 @@ def test_a_card_shows_the_whole_table_of_scores(tmp_path: Path) -> None:
             f"{10 * place + number + 0.5:.1f}" for number in range(8)
         ]
     assert json.loads((tmp_path / "out" / "card.json").read_text())["fingerprint"] == fingerprint(encoder)
+
+
+def test_a_card_shows_measures_with_the_decimals_of_the_command_that_wrote_them(tmp_path: Path) -> None:
+    saved(tmp_path / "e")
+    measured = MeasureTable({"encoder": {"feature_std": 0.0277, "rankme": 79.6}}, "", 3, {"data": "d", "images": 360})
+    (tmp_path / "health.json").write_text(json.dumps(measured.to_dict()))
+    export_encoder(tmp_path / "e", tmp_path / "out", "safetensors", scores=[tmp_path / "health.json"])
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "health.json: the file does not name its encoder. On d, 360 images." in text
+    assert "| encoder | 0.028 | 79.600 |" in text
 
 
 def test_scores_of_another_encoder_are_refused_and_nameless_ones_said(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from run_fixtures import TINY
 
 import sslvit
 from sslvit.cli import main
+from sslvit.evaluate.scores import MeasureTable
 from sslvit.pages.page import is_page
 from sslvit.train import report as module
 from sslvit.train.callbacks import page as callback
@@ -83,6 +84,17 @@ def test_scores_and_exports_in_the_folder_are_shown(runs: Path, tmp_path: Path) 
     assert "on 24 images of shards/&lt;b&gt;val" in text
     assert "format timm; largest_difference 1e-06" in text
     assert "srcdoc=" in page._repr_html_()
+
+
+def test_measures_are_shown_with_their_decimals_and_none_as_the_best(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "a", tmp_path / "run")
+    rows = {"by counting": {"nats per pixel": 0.71236}, "iGPT": {"nats per pixel": 0.65111}}
+    measured = MeasureTable(rows, "", 4, {"data": "shards/val", "images": 24})
+    (run / "likelihood.json").write_text(json.dumps(measured.to_dict()))
+    text = Path(sslvit.report(run)).read_text()
+    assert "likelihood.json: measures on 24 images of shards/val" in text
+    assert "<td>by counting</td><td>0.7124</td>" in text  # the larger is the worse
+    assert "<td>iGPT</td><td>0.6511</td>" in text
 
 
 def test_hostile_names_and_values_are_no_markup(runs: Path, tmp_path: Path) -> None:
