@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sslvit.data.batch import Batch
 from sslvit.data.loader import center_view, evaluation_loader, normalized_view
+from sslvit.data.python_data import PythonIndex
 from sslvit.environment import pick_workers
 from sslvit.evaluate.cache import FeatureCache, key_of
 from sslvit.evaluate.sources import FeatureTable, LabeledSet, NoScore, Readout, Source
@@ -33,7 +34,8 @@ class FeatureExtractor:
     Args:
         batch: Images per forward pass.
         workers: Number of loader processes; None to choose by the source's device (`pick_workers`).
-        cache: Cache on disk for features of center views; None for no cache.
+        cache: Cache on disk for features of center views; None for no cache. Those of data sets given from Python
+            are not cached.
     """
 
     batch: int = 256
@@ -63,7 +65,7 @@ class FeatureExtractor:
     def _through_cache(
         self, source: Source, data: LabeledSet, readouts: Sequence[Readout], view: CenterSettings
     ) -> FeatureTable:
-        if self.cache is None:
+        if self.cache is None or isinstance(data.index, PythonIndex):  # whose fingerprint is that of some images only
             return self.run(source, data, readouts, view)
         key = key_of(source, data, view, self.batch)
         cached = self.cache.find(key, readouts, data) if is_first_rank() else None

@@ -23,6 +23,7 @@ from sslvit.cli import main
 from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
+from sslvit.data.python_data import python_index
 from sslvit.evaluate import features as features_module
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.embed import embed
@@ -277,6 +278,22 @@ def test_a_second_probe_reads_features_from_the_cache(shards: Path, monkeypatch:
         probe({"mine": make()}, replace(settings, batch=7))  # other last digits
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         probe({"mine": make(mean=[0.4] * 3)}, settings)  # seen otherwise
+
+
+def test_one_image_that_changes_in_a_data_set_from_python_has_features_of_its_own(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3)).astype(np.uint8)
+    same, source = python_index(list(images)), FrozenEncoder(make())
+    for number in range(100):
+        changed = images.copy()
+        changed[number] = 255 - changed[number]
+        other = python_index(list(changed))
+        if other.fingerprint() == same.fingerprint():
+            break  # one that is not among those of the fingerprint
+    extractor = FeatureExtractor(cache=FeatureCache(tmp_path / "cache"))
+    one, two = (
+        extractor.features(source, LabeledSet(index, 3), [(1, "class")]).columns[1, "class"] for index in (same, other)
+    )
+    assert (one != two).any(1).nonzero().flatten().tolist() == [number]
 
 
 def test_the_cache_tells_views_and_data_apart(shards: Path, tmp_path: Path) -> None:
