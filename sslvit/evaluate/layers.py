@@ -16,7 +16,7 @@ from sslvit.evaluate.labeled import open_labeled
 from sslvit.evaluate.probe import LINEAR, ProbeTable, describe, score, untrained, untrained_row
 from sslvit.evaluate.protocols import HELD_OUT_ACCURACY, ProbeContext
 from sslvit.evaluate.scores import Scores, format_table
-from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
+from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen, in_precision
 from sslvit.figures import plot_curves
 from sslvit.models import Encoder
 from sslvit.ranks import is_first_rank
@@ -44,15 +44,17 @@ class LayerTable(ProbeTable):
     figure: Path | None = None
 
     def text(self) -> str:
-        """The table for a terminal, with the best layer below it."""
+        """The table for a terminal, with the best layer and notes below it."""
+        about = self.about
         scores = {number: self.rows[f"layer {number}"][LINEAR] for number in (self.best, self.last)}
         drawn = f"\n{self.figure}" if self.figure else ""
         return (
-            f"Top-1 accuracy (%) on {self.about['val_images']:,} images of {self.about['val']}\n"
-            f"each image: {self.about['view']}\n\n"
+            f"Top-1 accuracy (%) on {about['val_images']:,} images{self.skipped('val')} of {about['val']}\n"
+            f"(heads fitted on {about['train_images']:,}{self.skipped('train')} of {about['train']})\n"
+            f"each image: {about['view']}{in_precision(about['precision'])}\n\n"
             f"{format_table(self.scores)}\n\n"
             f"best layer, by {HELD_OUT}: {self.best} (linear {scores[self.best]:.1f}; "
-            f"the last probed, {self.last}: {scores[self.last]:.1f}){drawn}"
+            f"the last probed, {self.last}: {scores[self.last]:.1f})\n{self.notes()}{drawn}"
         )
 
     def to_dict(self) -> dict[str, Any]:

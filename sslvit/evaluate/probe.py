@@ -64,17 +64,20 @@ class ProbeTable(Result):
         """Means over draws of labels and seeds."""
         return means(self.scores)
 
+    def skipped(self, split: str) -> str:
+        """How many images of a data set cannot be read, in parentheses; empty if all can."""
+        unreadable = self.about[f"{split}_unreadable"]
+        return f" ({unreadable:,} cannot be read)" if unreadable else ""
+
     def heading(self) -> str:
         """The text above the table: data, views and protocol."""
         about = self.about
-        skipped = {split: f" ({about[f'{split}_unreadable']:,} cannot be read)" if about[f"{split}_unreadable"] else ""
-                   for split in ("train", "val")}  # fmt: skip
         last = list(about["probed"].values())[-1]
         linear = last.get("linear", {})
         has_protocol_views = "fraction" in linear  # a paper's protocol states its own below
         lines = [
-            f"Top-1 accuracy (%) on {about['val_images']:,} images{skipped['val']} of {about['val']}",
-            f"(heads fitted on {about['train_images']:,}{skipped['train']} of {about['train']})",
+            f"Top-1 accuracy (%) on {about['val_images']:,} images{self.skipped('val')} of {about['val']}",
+            f"(heads fitted on {about['train_images']:,}{self.skipped('train')} of {about['train']})",
             *heading_of_views(
                 f"each image{', of few labels and kNN' if has_protocol_views else ''}",
                 about["views"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,21 @@ def test_the_best_layer_is_chosen_without_the_reported_images(
     table = probe_layers(make(), settings, [1, 2, 3])
     assert (table.best, table.last) == (2, 3)
     assert "best layer, by held-out training images: 2 (linear 50.0; the last probed, 3: 80.0)" in table.text()
+
+
+def test_a_table_of_layers_states_its_precision_its_data_and_its_errors(shards: ProbeSettings) -> None:
+    settings = replace(
+        shards, val=shards.train, precision="bf16", labels_per_class=2, draws=2, baselines=False, allow_same_data=True
+    )
+    text = probe_layers(make(), settings, [1, 2]).text()
+    for words in (
+        "; features computed in bf16\n",
+        f"(heads fitted on 60 of {settings.train})",
+        "± is half the 95 % interval of a mean over 2 draws of labels",
+        "sampling error of an accuracy on 60 images: up to ± 12.7 (95 %)",
+        "these scores say nothing of others",
+    ):
+        assert words in text
 
 
 def test_held_out_scores_are_of_images_that_the_fit_has_not_seen(shards: ProbeSettings) -> None:
