@@ -238,7 +238,7 @@ class BenchRun:
             del described["whiten"]  # keeps the keys of cells measured before this field existed
         identity = {
             "source": source.fingerprint(), "input": asdict(source.settings), "column": described,
-            "train": train.index.fingerprint(), "val": val.index.fingerprint(), "seed": entry.seed,
+            "train": _labeled_fingerprint(train), "val": _labeled_fingerprint(val), "seed": entry.seed,
             "batch": self.settings.batch, "device": self.device.split(":")[0],
             "precision": source.precision,
         }  # fmt: skip
@@ -287,7 +287,7 @@ class BenchRun:
         """Start or resume a fine-tuning run unless it has finished; returns its folder and the key of its inputs."""
         encoder = load_encoder(path)
         recipe = asdict(load_recipe(wanted.config, wanted.changes, for_labels(encoder.settings)))
-        train, val = (labeled.index.fingerprint() for labeled in self.sets[data])
+        train, val = (_labeled_fingerprint(labeled) for labeled in self.sets[data])
         key = _key(
             {"start": None if is_scratch else fingerprint(encoder), "recipe": recipe, "seed": seed, "train": train,
              "val": val, "device": self.device.split(":")[0], **shortened_by()}
@@ -390,6 +390,11 @@ def _training_seconds(folder: RunFolder) -> float:
         seconds += (line["step"] - step) * batch / line["time/images_per_second"]
         step = line["step"]
     return seconds
+
+
+def _labeled_fingerprint(data: LabeledSet) -> str:
+    """Short digest of a data set's shards and of its labels, since the same shards may be indexed with other labels."""
+    return hashlib.sha256(data.index.fingerprint().encode() + data.labels.numpy().tobytes()).hexdigest()[:16]
 
 
 def _key(identity: dict[str, Any]) -> str:

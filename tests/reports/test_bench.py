@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
@@ -158,6 +161,38 @@ def test_other_data_recipes_or_weights_are_measured_anew(
     assert third not in (first, second)
     save_encoder(make(9, pooling="mean"), tmp_path / "e2")
     assert key()[0] not in (first, second, third)
+
+
+def test_shards_that_are_indexed_with_other_labels_are_measured_anew(
+    files: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tuned = files["columns"]["fine-tuned"]
+    files |= {"encoders": {"B": files["encoders"]["B"]}, "baselines": []}
+    files["columns"] = {"kNN": files["columns"]["kNN"], "fine-tuned": tuned}
+    source = np.random.default_rng(0)
+    for name, count in (("train", 48), ("val", 24)):
+        folder = tmp_path / "two labels" / name
+        folder.mkdir(parents=True)
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for number in range(count):
+                label, bright = number % 2, source.integers(0, 150, (8, 8, 3)) + number % 2 * 100
+                image = io.BytesIO()
+                Image.fromarray(bright.astype(np.uint8)).save(image, "PNG")
+                fields = {"png": image.getvalue(), "cls": b"%d" % label, "other": b"%d" % (number // 2 % 2)}
+                for field, content in fields.items():
+                    member = tarfile.TarInfo(f"{number:03}.{field}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        files["data"]["toy"][name] = str(folder)
+    found = []
+    for field in ("cls", "other"):
+        for name in ("train", "val"):
+            assert main(["shards", "index", files["data"]["toy"][name], "--labels", field]) == 0
+        capsys.readouterr()
+        assert main(["bench", write(files, tmp_path)]) == 0
+        assert "toy: training with labels" in capsys.readouterr().out
+        found.append(cells_of(tmp_path)["B", "kNN"]["values"])
+    assert found[0][0] > 90 > 70 > found[1][0]
 
 
 def test_a_fine_tuning_that_was_cut_off_is_finished_before_it_counts(
