@@ -22,6 +22,7 @@ from sslvit.settings import EncoderSettings
 
 IGNORED = 255  # in a mask: a pixel without a label
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+GRAY_STEPS = {"L;2": 85, "L;4": 17}  # by which PIL multiplies the numbers of PNGs with 2 and 4 bits per pixel
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -90,8 +91,9 @@ class MaskedImages:
                     raise ValueError(
                         f"{self.masks[number]}: a mask of mode {mask.mode}. Expected one number per pixel."
                     )
+                step = next((GRAY_STEPS.get(str(tile[3]), 1) for tile in mask.tile), 1)
                 mask.load()
-                return mask
+                return mask if step == 1 else mask.point([value // step for value in range(256)])
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{self.masks[number]}: unreadable ({error}).") from error
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,25 @@ def test_masks_of_another_size_keep_their_numbers(tmp_path: Path) -> None:
         assert image.shape == (3, side, side)
         assert mask.shape == (side, side)
         assert set(np.unique(mask)) <= {3, 200, 255}
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("is_palette", [True, False])
+def test_class_numbers_are_those_of_the_file_however_many_bits_a_pixel_has(
+    tmp_path: Path, bits: int, is_palette: bool
+) -> None:
+    folder = write(tmp_path / "set", 1, 0)
+    numbers = np.arange(16 * 16).reshape(16, 16) % 2**bits
+    data = b"".join(b"\0" + np.packbits(row).tobytes() for row in (numbers[..., None] >> np.arange(bits)[::-1]) & 1)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 16, 16, bits, 3 if is_palette else 0, 0, 0, 0))]
+    chunks += [(b"PLTE", bytes(3 * 2**bits))] * is_palette + [(b"IDAT", zlib.compress(data)), (b"IEND", b"")]
+    with open(folder / "masks" / "00.png", "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, content in chunks:
+            file.write(struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content)))
+    settings = EncoderSettings(image_size=16, patch=4, width=16, depth=1, heads=2)
+    _, mask = MaskedImages.open(folder).read(0, settings)
+    assert np.array_equal(mask, numbers)
 
 
 def test_the_strength_is_chosen_on_images_that_the_trials_were_not_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
