@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from sslvit.data.decode import decode_pixels
 from sslvit.data.header import BadImage, read_header
 from sslvit.data.overlap import stored_files
 from sslvit.data.views import center_crops
+from sslvit.files import printable
 from sslvit.progress import track
 from sslvit.settings import EncoderSettings
+
+logger = logging.getLogger(__name__)
 
 IGNORED = 255  # in a mask: a pixel without a label
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -55,6 +59,12 @@ class MaskedImages:
         missing = [mask.name for mask in masks if not mask.is_file()]
         if missing:
             raise ValueError(f"{folder / 'masks'}: {len(missing)} masks are missing, the first: {missing[0]}.")
+        alone = sorted(set((folder / "masks").glob("*.png")) - set(masks))
+        if alone:
+            logger.warning(
+                f"{folder / 'masks'}: {len(alone)} masks have no image in images/ ({', '.join(SUFFIXES)}) and are left "
+                f"out, the first: {printable(alone[0].name)}"
+            )
         return cls(folder, images, masks)
 
     def __len__(self) -> int:

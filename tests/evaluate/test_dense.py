@@ -187,6 +187,14 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         segment({"e": make()}, MaskedImages.open(good), MaskedImages.open(good))
 
 
+def test_masks_without_an_image_are_left_out_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = write(tmp_path / "set", 3, 0)
+    (folder / "images" / "01.png").rename(folder / "images" / "01.tif")
+    assert len(MaskedImages.open(folder)) == 2
+    assert "masks: 1 masks have no image in images/" in (said := "".join(capsys.readouterr()))
+    assert "and are left out, the first: 01.png" in said
+
+
 @pytest.mark.parametrize("is_upright", [True, False])
 def test_a_photograph_is_turned_as_its_mask_was_drawn(tmp_path: Path, is_upright: bool) -> None:
     for name in ("images", "masks"):
