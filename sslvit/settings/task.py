@@ -288,7 +288,8 @@ class SupervisedSettings(TaskSettings):
         self.val = self.val and expand_path(self.val)
         check_bounds(self, "task.", "2 or more", "classes")
         check_bounds(self, "task.", "1 or more", "validate_every")
-        check_bounds(self, "task.", "in [0, 1]", "smoothing", "erase")
+        check_bounds(self, "task.", "in [0, 1)", "smoothing")  # 1 would leave nothing of the labels
+        check_bounds(self, "task.", "in [0, 1]", "erase")
         check_bounds(self, "task.", "0 or more", "mixup", "cutmix")
 
     def check_micro_batch(self, micro: int) -> None:

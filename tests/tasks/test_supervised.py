@@ -190,6 +190,11 @@ def test_mixing_and_erasing_are_drawn_by_key_and_leave_torchs_stream_alone() -> 
     assert torch.equal(target.argmax(1), batch_of().labels)
 
 
+def test_smoothing_that_leaves_nothing_of_the_labels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"task.smoothing: 1.0 must be in \[0, 1\)"):
+        SupervisedSettings(smoothing=1.0)
+
+
 def test_labels_are_smoothed() -> None:
     torch.manual_seed(0)
     model, target = Classifier(EncoderSettings(**SMALL), 3), torch.eye(3)[batch_of().labels]
