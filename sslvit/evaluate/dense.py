@@ -174,7 +174,10 @@ def check_masks(train: MaskedImages, val: MaskedImages, of_train: MaskSummary, o
         raise ValueError(f"{train.folder}: its masks hold {len(of_train.classes)} classes. Two or more are needed.")
     unknown = sorted(set(of_val.classes.tolist()) - set(of_train.classes.tolist()))
     if unknown:
-        raise ValueError(f"{val.folder}: class {unknown[0]} is in no training mask.")
+        raise ValueError(
+            f"{val.folder}: class {unknown[0]} is in no training mask, as the encoder sees them. Add training images "
+            f"with it, or label its pixels {IGNORED} (not scored)."
+        )
 
 
 def measures(confusion: Int[Tensor, "classes classes"], classes: np.ndarray) -> dict[str, float]:

@@ -164,7 +164,9 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 masks are missing, the first: 01.png"):
         MaskedImages.open(train)
     good, other = write(tmp_path / "good", 3, 0), write(tmp_path / "other", 3, 0, (0, 9))
-    with pytest.raises(ValueError, match="other: class 9 is in no training mask"):
+    with pytest.raises(
+        ValueError, match="class 9 is in no training mask, as the encoder sees them. Add .* label its pixels 255"
+    ):
         segment({"e": make()}, MaskedImages.open(good), MaskedImages.open(other))
     flat = write(tmp_path / "flat", 3, 0, (0, 0))
     with pytest.raises(ValueError, match="its masks hold 1 classes"):
