@@ -73,7 +73,7 @@ def check_same_classes(train: ShardIndex, classes: list[str] | None, location: s
 
 
 def check_counts(classes: list[str], labels: np.ndarray, settings: ProbeSettings) -> None:
-    """Refuse more neighbors or labels than there are training images.
+    """Refuse training images of one class, and more neighbors or labels than there are training images.
 
     Args:
         classes: Class names.
@@ -81,9 +81,14 @@ def check_counts(classes: list[str], labels: np.ndarray, settings: ProbeSettings
         settings: Settings of the probe.
 
     Raises:
-        ValueError: There are too few training images.
+        ValueError: There are too few training images, or all are of one class.
     """
     counts = np.bincount(labels, minlength=len(classes))
+    if np.count_nonzero(counts) < 2:
+        raise ValueError(
+            f"--train: all images are of one class ({brief(classes[int(counts.argmax())])}), so any answer is right. "
+            "Give images of two or more."
+        )
     if settings.neighbors and min(settings.neighbors) > len(labels):
         raise ValueError(f"--neighbors {min(settings.neighbors)}: there are only {len(labels):,} training images.")
     few, smallest = settings.labels_per_class, classes[int(counts.argmin())]

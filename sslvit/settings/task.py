@@ -308,6 +308,8 @@ class SupervisedSettings(TaskSettings):
                 "--train: supervised training needs labels, and these images have none. Pack them from one folder per "
                 "class, or from a list with a column label: sslvit shards pack LIST.csv SHARDS"
             )
+        if classes < 2:
+            raise ValueError("--train: all images are of one class, so there is nothing to learn. Give two or more.")
         if self.classes is not None and self.classes != classes:
             raise ValueError(f"task.classes: {self.classes}, but the data has {classes}. Leave it out.")
         return replace(self, classes=classes)

@@ -267,6 +267,15 @@ def test_unlabeled_or_different_data_is_refused(shards: Path) -> None:
             ProbeSettings("a", "b", **wrong)
 
 
+@pytest.mark.parametrize("classes", [["dark"], ["dark", "light"]])
+def test_images_of_one_class_are_refused(tmp_path: Path, classes: list[str]) -> None:
+    for name in ("train", "val"):
+        images = np.random.default_rng(len(name)).integers(0, 256, (12, 8, 8, 3)).astype(np.uint8)
+        pack(array_samples(images, np.zeros(12, int)), tmp_path / name, classes)
+    with pytest.raises(ValueError, match=r"--train: all images are of one class \('?dark'?\), so any answer is right"):
+        probe({"mine": make()}, settings_of(tmp_path))
+
+
 def test_a_second_probe_reads_features_from_the_cache(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(shards, cache=str(shards / "cache"))
     first = probe({"mine": make()}, settings)

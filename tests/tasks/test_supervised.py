@@ -190,6 +190,11 @@ def test_mixing_and_erasing_are_drawn_by_key_and_leave_torchs_stream_alone() -> 
     assert torch.equal(target.argmax(1), batch_of().labels)
 
 
+def test_training_images_of_one_class_are_refused() -> None:
+    with pytest.raises(ValueError, match="--train: all images are of one class, so there is nothing to learn"):
+        SupervisedSettings().fitted(images=12, global_batch_size=4, total_steps=2, classes=1)
+
+
 def test_smoothing_that_leaves_nothing_of_the_labels_is_refused() -> None:
     with pytest.raises(ValueError, match=r"task.smoothing: 1.0 must be in \[0, 1\)"):
         SupervisedSettings(smoothing=1.0)
