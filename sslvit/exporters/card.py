@@ -16,6 +16,7 @@ from sslvit.evaluate.scores import markdown_table, markdown_text, read_decimals,
 from sslvit.exporters.cropping import whole_pixel_fraction
 from sslvit.exporters.exported import Exported
 from sslvit.files import printable
+from sslvit.layouts.hub import NAME as HUB_NAME
 from sslvit.models import ViTEncoder
 from sslvit.settings import TASK_SETTINGS
 from sslvit.settings.encoder import crop_words
@@ -31,6 +32,7 @@ def make_card(
     """Facts about an export; `scores` are files written by `sslvit probe -o` and similar commands."""
     settings = exported.settings
     provenance, run = exported.provenance, exported.provenance.get("settings")
+    init = HUB_NAME.fullmatch(str(run.get("init"))) if isinstance(run, dict) else None
     recipe = {key: value for key, value in run.items() if key not in OMITTED} if isinstance(run, dict) else {}
     # transformers' ImageGPT quantizes pixels in [-1, 1], independent of the encoder's mean and std
     is_palette = kind == "transformers" and settings.tokens == "pixel"
@@ -50,6 +52,7 @@ def make_card(
             "mean": mean, "std": std,
         },
         "task": provenance.get("task"), "step": provenance.get("step"), "data": provenance.get("data"),
+        "base_model": init["repo"] if init else None,
         "recipe": recipe, "imported_from": provenance.get("imported_from"), "scores": known_scores(source, scores),
         "fingerprint": fingerprint(exported.encoder),
     }  # fmt: skip
@@ -102,6 +105,8 @@ def hub_header(card: dict[str, Any], name: str) -> dict[str, Any]:
         "tags": ["sslvit", "vision-transformer", *how, *task],
     }  # fmt: skip
     results = [result for content in card["scores"].values() if (result := _hub_result(content, card["fingerprint"]))]
+    if card["base_model"]:
+        header["base_model"] = card["base_model"]
     if results:
         header["model-index"] = [{"name": _plain(name), "results": results}]
     return header
@@ -118,8 +123,9 @@ def _hub_result(content: dict[str, Any], fingerprint: str) -> dict[str, Any] | N
         scores = read_scores(content.get("rows")).get(rows[0], {}) if rows else {}
     if not scores or not isinstance(data, str):
         return None
+    folder_and_split = "/".join(Path(data).parts[-2:])  # and not where they lie on somebody's disk
     return {
-        "task": {"type": "image-classification"}, "dataset": {"name": _plain(data), "type": "image-folder"},
+        "task": {"type": "image-classification"}, "dataset": {"name": _plain(folder_and_split), "type": "image-folder"},
         "metrics": [
             {"type": "accuracy", "name": _plain(column), "value": round(values[0], 2)}
             for column, values in scores.items()

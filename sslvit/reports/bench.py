@@ -233,11 +233,8 @@ class BenchRun:
         first = next(iter(self.encoders.values()))[0].settings
         source: Source = RawPixels(first, self.device) if encoder is None else frozen(encoder, self.settings.precision)
         train, val = self.sets[data]
-        described = asdict(wanted)
-        if not described["whiten"]:
-            del described["whiten"]  # keeps the keys of cells measured before this field existed
         identity = {
-            "source": source.fingerprint(), "input": asdict(source.settings), "column": described,
+            "source": source.fingerprint(), "input": asdict(source.settings), "column": asdict(wanted),
             "train": _labeled_fingerprint(train), "val": _labeled_fingerprint(val), "seed": entry.seed,
             "batch": self.settings.batch, "device": self.device.split(":")[0],
             "precision": source.precision,

@@ -535,8 +535,20 @@ def test_the_hub_reads_the_top_of_a_card(tmp_path: Path) -> None:
         export_encoder(tmp_path / f"of {task}", tmp_path / f"out {task}", "safetensors")
         header = yaml.safe_load((tmp_path / f"out {task}" / "README.md").read_text().split("---\n")[1])
         assert header["tags"] == ["sslvit", "vision-transformer", *tags]
+    for init, base in (("hf:facebook/dino-vits16@main", "facebook/dino-vits16"), ("/home/me/run", None)):
+        save_encoder(encoder, tmp_path / f"from {base is None}", {"task": "mae", "settings": {"init": init}})
+        export_encoder(tmp_path / f"from {base is None}", tmp_path / f"out {base is None}", "safetensors")
+        text = (tmp_path / f"out {base is None}" / "README.md").read_text()
+        assert yaml.safe_load(text.split("---\n")[1]).get("base_model") == base
+        assert "/home/me" not in text
     ((index,),) = (scored["model-index"],)
     (result,) = index["results"]
     assert index["name"] == "scored"
     assert result["dataset"]["name"] == "photos/val"
+    content = json.loads(file.read_text())
+    content["about"]["val"] = "/home/me/photos/val"
+    file.write_text(json.dumps(content))
+    export_encoder(tmp_path / "e", tmp_path / "absolute", "timm", scores=[file])
+    header = yaml.safe_load((tmp_path / "absolute" / "README.md").read_text().split("---\n")[1])
+    assert header["model-index"][0]["results"][0]["dataset"]["name"] == "photos/val"
     assert result["metrics"][3] == {"type": "accuracy", "name": "a probe with a long name, 3", "value": 23.5}
