@@ -47,7 +47,7 @@ def orthogonalize(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n
     The polynomial trades accuracy for speed: singular values end between about 0.7 and 1.2.
 
     Args:
-        matrices: Matrices with at most as many rows as columns.
+        matrices: Matrices; with more rows than columns, the products would only cost more.
     """
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16()

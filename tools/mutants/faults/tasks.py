@@ -187,8 +187,8 @@ FAULTS = [
     Fault(
         "AdamW's averages are not the recipe's",
         BASE,
-        "first, second = self.optim.betas",
-        "first, second = 0.9, 0.95",
+        "groups, lr, (first, second) = self.parameter_groups(), self.lr_at(0), self.optim.betas",
+        "groups, lr, (first, second) = self.parameter_groups(), self.lr_at(0), (0.9, 0.95)",
         OF_STEPS,
     ),
     Fault(
@@ -329,8 +329,8 @@ FAULTS = [
     Fault(
         "Groups that decay and groups that do not are one while the decay is zero",
         GROUPS,
-        "groups.setdefault((scale, does_decay), {",
-        "groups.setdefault((scale, does_decay and weight_decay > 0), {",
+        "groups.setdefault((scale, does_decay, matrices), {",
+        "groups.setdefault((scale, does_decay and weight_decay > 0, matrices), {",
         OF_OPTIM,
     ),
     Fault(
@@ -1093,13 +1093,6 @@ FAULTS = [
         MUON,
         "parameter.grad = None  # so that AdamW passes over it",
         "pass",
-        OF_MUON,
-    ),
-    Fault(
-        "Tall matrices are orthogonalized untransposed",
-        MUON,
-        "is_tall = views[0].shape[0] > views[0].shape[1]",
-        "is_tall = False",
         OF_MUON,
     ),
 ]
