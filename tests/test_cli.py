@@ -114,6 +114,8 @@ def test_a_wrong_setting_is_named_before_data_is_touched(
         (["--accum-iter", "4"], "Did you mean train.micro_batch_size (images per forward pass; as many passes as make"),
         (["--train.device", "cuda"], "train.device: no such setting. Did you mean train.accelerator?"),
         (["--gradient_clip_val", "1"], "Did you mean optim.clip_grad?"),
+        (["--optim.optimizer", "muon"], "optim.optimizer: no such setting. Did you mean optim.name?"),
+        (["--opt", "muon"], "Did you mean optim.name?"),
         (["--output_dir", "x"], "Did you mean out?"),
         (["--epochs", "5"], "Did you mean train.epochs?"),
         (["--train.compile", "true"], "true is not one of auto, none, default, reduce-overhead. Did you mean default?"),

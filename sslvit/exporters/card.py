@@ -123,14 +123,18 @@ def _hub_result(content: dict[str, Any], fingerprint: str) -> dict[str, Any] | N
         scores = read_scores(content.get("rows")).get(rows[0], {}) if rows else {}
     if not scores or not isinstance(data, str):
         return None
-    folder_and_split = "/".join(Path(data).parts[-2:])  # and not where they lie on somebody's disk
     return {
-        "task": {"type": "image-classification"}, "dataset": {"name": _plain(folder_and_split), "type": "image-folder"},
+        "task": {"type": "image-classification"}, "dataset": {"name": _plain(_data_name(data)), "type": "image-folder"},
         "metrics": [
             {"type": "accuracy", "name": _plain(column), "value": round(values[0], 2)}
             for column, values in scores.items()
         ],
     }  # fmt: skip
+
+
+def _data_name(location: Any) -> str:
+    """Folder and split of a data set, and not where they lie on somebody's disk."""
+    return "/".join(Path(str(location)).parts[-2:])
 
 
 def _plain(text: str) -> str:
@@ -207,6 +211,6 @@ def _scores(file: str, content: dict[str, Any], fingerprint: str) -> list[str]:
     mine = [markdown_text(row) for row, value in named.items() if value == fingerprint]
     whose = f"this encoder is the row {', '.join(mine)}." if mine else "the file does not name its encoder."
     data, images = scored_data(content)
-    of = f" On {markdown_text(data)}, {markdown_text(images)} images." if data else ""
+    of = f" On {markdown_text(_data_name(data))}, {markdown_text(images)} images." if data else ""
     decimals = read_decimals(content)
     return [f"{markdown_text(file)}: {whose}{of}", "", markdown_table(table, 1 if decimals is None else decimals)]

@@ -23,7 +23,7 @@ NUMBER = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)  # such as 1e-3
 # key -> its names in other libraries
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "base_lr": ("lr", "learning_rate", "base_rate", "blr", "max_lr", "rate", "peak_lr"),
-    "name": ("optimizer", "opt"),
+    "optim.name": ("optimizer", "opt"),
     "lrs": ("lr", "learning_rate", "base_rate"), "weight_decay": ("wd",), "warmup_epochs": ("warmup", "warmup_steps"),
     "clip_grad": ("clip", "grad_clip", "max_norm", "gradient_clip_val", "max_grad_norm"),
     "global_batch_size": ("batch_size", "batch", "bs"), "batch": ("batch_size", "bs"), "workers": ("num_workers",),
@@ -166,7 +166,7 @@ def hint_for(key: str, known: Known) -> str:
     usual = [ours for ours, names in USUAL_NAMES.items() if last in names]
     same = [one for one in every if one == key] or [one for one in every if one.split(".")[-1] == last]
     if not same:
-        same = [one for name in usual for one in every if one.split(".")[-1] == name]
+        same = [one for name in usual for one in every if f".{one}".endswith(f".{name}")]
     if same:
         remark = REMARKS.get(same[0].split(".")[-1], "") if usual else ""
         return f" Did you mean {same[0]}{remark}?"

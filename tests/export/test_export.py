@@ -549,6 +549,9 @@ def test_the_hub_reads_the_top_of_a_card(tmp_path: Path) -> None:
     content["about"]["val"] = "/home/me/photos/val"
     file.write_text(json.dumps(content))
     export_encoder(tmp_path / "e", tmp_path / "absolute", "timm", scores=[file])
-    header = yaml.safe_load((tmp_path / "absolute" / "README.md").read_text().split("---\n")[1])
+    text = (tmp_path / "absolute" / "README.md").read_text()
+    assert "/home/me" not in text
+    assert "On photos/val, " in text
+    header = yaml.safe_load(text.split("---\n")[1])
     assert header["model-index"][0]["results"][0]["dataset"]["name"] == "photos/val"
     assert result["metrics"][3] == {"type": "accuracy", "name": "a probe with a long name, 3", "value": 23.5}

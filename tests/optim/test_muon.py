@@ -12,7 +12,7 @@ from torch import nn
 
 import sslvit
 from sslvit.models import ViTEncoder
-from sslvit.optim import Muon, layer_decay_groups
+from sslvit.optim import Muon, check_matrices, layer_decay_groups
 from sslvit.optim.muon import block_matrices, orthogonalize
 from sslvit.settings import EncoderSettings
 from sslvit.sharded_checkpoint import read_checkpoint
@@ -183,3 +183,11 @@ def test_what_it_cannot_train_is_refused(tmp_path: Path, changes: dict, message:
     with pytest.raises(ValueError, match=message):
         sslvit.pretrain("dino/digits", data=str(shards), out=str(tmp_path / "run"), **{"optim.name": "muon", **changes})
     assert not (tmp_path / "run").exists()
+
+
+def test_sharded_matrices_are_refused_in_a_trainer_of_your_own() -> None:
+    network = Network()
+    check_matrices(network)
+    network.blocks[0]["proj"].weight.to_local = lambda: None  # as FSDP2's parameters have it
+    with pytest.raises(ValueError, match="these weights are sharded. Use ddp, or adamw"):
+        check_matrices(network)
