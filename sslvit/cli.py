@@ -24,7 +24,16 @@ from sslvit.environment import explain
 from sslvit.files import explain_os_error, printable
 from sslvit.messages import messages_of
 from sslvit.plugins import use_plugin
-from sslvit.stopping import TRY_AGAIN, Preempted, RankLost, finishing, is_first_process, requeue, stopping_at_once
+from sslvit.stopping import (
+    TRY_AGAIN,
+    Preempted,
+    RankLost,
+    check_one_process,
+    finishing,
+    is_first_process,
+    requeue,
+    stopping_at_once,
+)
 
 MAX_MESSAGE = 1000  # characters
 # Iterations that a waiting OpenMP thread spins before it sleeps. The default takes milliseconds, during which no other
@@ -64,6 +73,7 @@ COMMANDS: Mapping[str, Function] = {
 GROUPS = {"shards": "Make and inspect WebDataset shards."}
 TRAINING = {"pretrain", "finetune", "resume"}
 WITH_TRAINING = {*TRAINING, "demo", "bench", "sweep"}
+ON_RANKS = {*TRAINING, "plan", "replay", "probe", "knn", "compare", "health", "embed"}  # also in processes of torchrun
 # printed after "interrupted", for commands that keep finished work
 KEPT = {
     "demo": "; what is done is kept in its folder: give the same command with --overwrite to begin anew",
@@ -130,7 +140,10 @@ def read_command(arguments: list[str]) -> tuple[Function, Any]:
     if name not in COMMANDS:
         parser.parse_args(arguments)
     function = COMMANDS[name]
-    return function, read_options(parser.get_default("parsers")[name], options_class(function), f"sslvit {name}", rest)
+    options = read_options(parser.get_default("parsers")[name], options_class(function), f"sslvit {name}", rest)
+    if name not in ON_RANKS:
+        check_one_process(name)
+    return function, options
 
 
 def last_words(error: BaseException) -> str:

@@ -301,7 +301,8 @@ def embed(
         size: Input size in pixels, 64 or "48x64"; None for the encoder's own.
 
     Returns:
-        Arrays `features` ('n d') and `keys`, and `labels` with `classes` if the data has labels.
+        Arrays `features` ('n d') and `keys`, and `labels` with `classes` if the data has labels. If several processes
+        share the work, the first one gets the arrays and writes the file, and the others get empty ones.
 
     Raises:
         ValueError: The file exists already, invalid settings, or unreadable images.
@@ -318,11 +319,12 @@ def embed(
         "precision": precision, "max_unreadable_fraction": max_unreadable_fraction,
     }  # fmt: skip
     found = from_keywords(KNNSettings, {"train": "", "val": "", **given})
-    network = open_encoder(encoder, crop_fraction, size).to(pick_device(device))
-    source = frozen(network, precision)
-    readouts = source.readouts(layer, found.blocks, pooling)
-    images = LabeledSet(open_shards(path_of(data)), network.settings.channels, None, max_unreadable_fraction)
-    made = embedding.embed(source, images, readouts, batch, workers)
-    if output is not None:
-        made.save(Path(output))
-    return made
+    with all_ranks():
+        network = open_encoder(encoder, crop_fraction, size).to(pick_device(device))
+        source = frozen(network, precision)
+        readouts = source.readouts(layer, found.blocks, pooling)
+        images = LabeledSet(open_shards(path_of(data)), network.settings.channels, None, max_unreadable_fraction)
+        made = embedding.embed(source, images, readouts, batch, workers)
+        if output is not None and is_first_rank():
+            made.save(Path(output))
+        return made

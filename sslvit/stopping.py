@@ -200,6 +200,12 @@ def is_first_process() -> bool:
     return all(rank == "0" for rank in ranks)
 
 
+def check_one_process(command: str) -> None:
+    """Refuse to run a command in each of several processes that torchrun has started."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{command}: runs in one process. Start it without torchrun.")
+
+
 def requeue() -> None:
     """Ask SLURM to requeue this job if it is a batch job, and print the outcome."""
     job = os.environ.get("SLURM_JOB_ID", "")

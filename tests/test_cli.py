@@ -135,6 +135,19 @@ def test_what_other_libraries_call_a_setting_names_ours(capsys, tmp_path: Path, 
     assert message in error
 
 
+def test_what_runs_in_one_process_is_refused_under_torchrun(
+    capsys, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["shards", "pack", str(photos), str(tmp_path / "out")]
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as Kubernetes sets it, too, for jobs that are not torchrun's
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert main(words) == 1
+    assert capsys.readouterr().err == "sslvit: error: shards pack: runs in one process. Start it without torchrun.\n"
+    assert not (tmp_path / "out").exists()
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert main(words) == 0
+
+
 def test_a_misspelled_command_names_the_nearest(capsys) -> None:
     for words, meant in ((["pretran"], "pretrain"), (["shards", "pakc", "a", "b"], "pack")):
         assert main(words) == 2

@@ -247,7 +247,8 @@ def run_embed(options: EmbedOptions) -> None:
 
     given = vars(only(Passes, options)) | vars(only(UnreadableImages, options)) | vars(only(BlocksReadout, options))
     made = embed(load_scored(options), options.data, options.output, **given)
-    report(options, str(made), made.to_dict())
+    if is_first_process():
+        report(options, str(made), made.to_dict())
 
 
 @dataclass(kw_only=True)

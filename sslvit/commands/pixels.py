@@ -56,8 +56,9 @@ def run_sample(options: SampleOptions) -> None:
         if not Path(options.run).is_dir():
             raise ValueError(f"{options.run}: not a run folder, so say where the picture goes: -o FILE.png")
         out = Path(options.run) / "figures" / ("completions.png" if options.complete else "samples.png")
-    if out.parent.is_dir() or options.output:
-        check_new_picture(out)
+    if not options.output:
+        out.parent.mkdir(exist_ok=True)
+    check_new_picture(out)
     if not options.complete and (options.draws, options.given) != (None, None):
         raise ValueError("--draws and --given are for --complete IMAGES.")
     from sslvit.pixel_models import sample

@@ -220,6 +220,12 @@ class ShardIndex:
         """Short digest of the bytes of all shards."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
 
+    def labels_fingerprint(self) -> str:
+        """Short digest of all labels and of the names of the classes; the same shards may be indexed with others."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        digest.update(self.labels_of(slice(None)).astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
+
 
 def load_index(folder: str | Path) -> ShardIndex:
     """Load the index of a folder of shards.

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslvit.data.batch import Batch
+from sslvit.data.index import ShardIndex
 from sslvit.data.loader import Resolutions, TrainingBatches, encoder_views, evaluation_loader, make_batch
 from sslvit.data.mixture import Index, Plan
 from sslvit.data.on_device import DeviceBatches, DeviceLoader, Prefetcher
@@ -38,15 +39,16 @@ class ShardDataModule(pl.LightningDataModule):
         plan: Order of the samples; its seed is also used for the views.
         run: Steps, batch sizes and ranks.
         val: Images for the validation loss; None for none.
+        uses_labels: Whether the task trains with labels, so that a checkpoint is only restored where they are the same.
     """
 
     def __init__(
         self, index: Index | StreamIndex, settings: DataSettings, encoder: EncoderSettings, plan: Plan, run: RunPlan,
-        val: Index | None = None,
+        val: Index | None = None, uses_labels: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.index, self.settings, self.encoder = index, settings, encoder
-        self.plan, self.run, self.val = plan, run, val
+        self.plan, self.run, self.val, self.uses_labels = plan, run, val, uses_labels
         self.views = encoder_views(encoder, settings.view, plan.seed, fill=encoder.mean)
         self.start_step = 0
         self.reader: ShardReader | None = None
@@ -66,7 +68,7 @@ class ShardDataModule(pl.LightningDataModule):
         train = train.fitted(settings.task.usual, len(index), plan.steps_per_epoch)
         run = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
         held_out = None if val is None else open_shards(val)
-        return cls(index, settings.data, settings.encoder, plan, run, held_out)
+        return cls(index, settings.data, settings.encoder, plan, run, held_out, settings.task.name == "supervised")
 
     def train_dataloader(self) -> DataLoader | Prefetcher | DeviceLoader:
         """The batches of the run, or of one epoch if the Trainer counts epochs, starting at the restored position."""
@@ -204,7 +206,10 @@ class ShardDataModule(pl.LightningDataModule):
         self.start_step = int(state["step"])
 
     def _identity(self) -> dict[str, int | str]:
-        return {**self.plan.identity(), "shards": self.index.fingerprint()}
+        found = {**self.plan.identity(), "shards": self.index.fingerprint()}
+        if self.uses_labels and isinstance(self.index, ShardIndex):
+            found["labels"] = self.index.labels_fingerprint()
+        return found
 
 
 class _EpochOrder(Sampler[int]):

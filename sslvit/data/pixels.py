@@ -71,11 +71,11 @@ def make_palette(
     quantized = colors_of(nearest_color(originals, palette), palette)
     for path in (picture, out):
         remove_stale_temporaries(path)
-    plot_palette(picture, *(((values + 1) / 2).numpy() for values in (palette, originals, quantized)))
+    write_atomically(out, json.dumps(content) + "\n")  # first, since a picture alone would block the next attempt
     try:
-        write_atomically(out, json.dumps(content) + "\n")
+        plot_palette(picture, *(((values + 1) / 2).numpy() for values in (palette, originals, quantized)))
     except BaseException:
-        picture.unlink(missing_ok=True)  # otherwise the next attempt is rejected
+        out.unlink(missing_ok=True)
         raise
     return content
 

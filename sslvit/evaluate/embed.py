@@ -72,7 +72,7 @@ class Embeddings(Result):
 def embed(
     source: Source, data: LabeledSet, readouts: list[Readout], batch: int = 256, workers: int | None = None
 ) -> Embeddings:
-    """Features of the encoder's center view of every image that can be read.
+    """Features of the encoder's center view of every image that can be read; empty on ranks other than the first.
 
     Raises:
         NoScore: too many images cannot be read, or features are not finite.

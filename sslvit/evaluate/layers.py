@@ -106,6 +106,7 @@ def probe_layers(encoder: Encoder, settings: ProbeSettings, numbers: list[int]) 
             sources["untrained, layer {}"] = frozen(untrained(encoder, settings.seed), settings.precision)
         sources["raw pixels"] = RawPixels(encoder.settings, device)
     table: Scores = {}
+    probed_as: dict[str, dict[str, Any]] = {}
     for name, source in sources.items():
         context = ProbeContext(source, train, val, extractor, device)
         probed = numbers if "{}" in name else numbers[-1:]
@@ -114,16 +115,18 @@ def probe_layers(encoder: Encoder, settings: ProbeSettings, numbers: list[int]) 
         ]
         for data in (train, val):
             extractor.features(source, data, readouts)  # all blocks in one pass
+        fingerprint = source.fingerprint()
         for number in probed:
             row = name.format(number)
             logger.info(f"probing {row}")
-            scores, about, _ = score(context, replace(settings, layer=number), settings.seed)
-            held_out = about["linear"][HELD_OUT_ACCURACY] if scores else 0.0
+            scores, probed_as[row], _ = score(context, replace(settings, layer=number), settings.seed)
+            probed_as[row]["fingerprint"] = fingerprint
+            held_out = probed_as[row]["linear"][HELD_OUT_ACCURACY] if scores else 0.0
             table[row] = {HELD_OUT: [held_out], **scores}
     if not is_first_rank():
         return LayerTable(table, {}, numbers[0], numbers[-1])
     best = max(numbers, key=lambda number: table[f"layer {number}"][HELD_OUT][0])
-    about = describe(context, settings, {}, {"encoder": encoder.settings}) | {
+    about = describe(context, settings, probed_as, {"encoder": encoder.settings}) | {
         "pooling": settings.pooling or encoder.settings.pooling, "norm": encoder.settings.feature_norm
     }  # fmt: skip
     return LayerTable(table, about, best, numbers[-1])

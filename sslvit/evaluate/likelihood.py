@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sslvit.data.loader import evaluation_loader, normalized_view
-from sslvit.evaluate.sources import LabeledSet
+from sslvit.evaluate.sources import LabeledSet, full_float32
 from sslvit.models.igpt import IGPTModel, pixel_nll
 from sslvit.progress import track
 
@@ -161,6 +161,7 @@ def count_ngrams(pieces: Iterable[np.ndarray], colors: int) -> tuple[NGramTable,
 
 
 @torch.no_grad()
+@full_float32()
 def likelihood(model: IGPTModel, train: LabeledSet, val: LabeledSet, batch: int = 16) -> dict[str, dict[str, float]]:
     """Nats and bits per pixel of `val` under a uniform distribution, unigram and n-gram of `train`, and the model.
 

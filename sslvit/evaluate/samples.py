@@ -13,6 +13,7 @@ import torch
 from sslvit.data.loader import encoder_views, make_batch, normalized_view
 from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
+from sslvit.evaluate.sources import full_float32
 from sslvit.figures import plot_images
 from sslvit.files import printable
 from sslvit.models.igpt import IGPTModel, completion_rows, display_colors
@@ -55,6 +56,7 @@ class SampledImages(Result):
         self.path = plot_images(path, self.rows, self.titles)
 
 
+@full_float32()
 def sample_images(model: IGPTModel, count: int, settings: SampleSettings) -> SampledImages:
     """Sample images unconditionally."""
     nothing = torch.zeros(count, 0, dtype=torch.long)
@@ -63,6 +65,7 @@ def sample_images(model: IGPTModel, count: int, settings: SampleSettings) -> Sam
     return SampledImages(images, rows, [""] * len(rows))
 
 
+@full_float32()
 def complete_images(
     model: IGPTModel, images: str, count: int, given: float, draws: int, settings: SampleSettings
 ) -> SampledImages:

@@ -104,11 +104,15 @@ def columns_of(rows: Scores) -> list[str]:
 
 
 def read_scores(rows: Any) -> Scores:
-    """Row -> column -> scores, from a file's `rows` or `draws`; empty if they have another form."""
+    """Row -> column -> scores, from a file's `rows` or `draws`, without those that are null; empty for another form."""
     if not isinstance(rows, dict) or not all(isinstance(of, dict) for of in rows.values()):
         return {}
     found = {
-        row: {column: values if isinstance(values, list) else [values] for column, values in of.items()}
+        row: {
+            column: values if isinstance(values, list) else [values]
+            for column, values in of.items()
+            if values is not None
+        }
         for row, of in rows.items()
     }
     scores = [values for of in found.values() for values in of.values()]

@@ -113,14 +113,14 @@ def hub_header(card: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _hub_result(content: dict[str, Any], fingerprint: str) -> dict[str, Any] | None:
-    """This encoder's scores in one file, in the Hub's format; None if the file does not name the encoder."""
+    """This encoder's scores in one file, in the Hub's format; None if the file has no row of it, or one per block."""
     about = content.get("about")
     data = content.get("val") or (about.get("val") if isinstance(about, dict) else None)
     if isinstance(top1 := content.get("top1"), float):
         scores = {"top-1 accuracy": [top1]}
     else:
         rows = [row for row, value in fingerprints_in(content).items() if value == fingerprint]
-        scores = read_scores(content.get("rows")).get(rows[0], {}) if rows else {}
+        scores = read_scores(content.get("rows")).get(rows[0], {}) if len(rows) == 1 else {}
     if not scores or not isinstance(data, str):
         return None
     return {
@@ -162,7 +162,8 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], usage: str, name: str)
         "```python", usage, "```", "",
         "## Preprocessing", "",
         f"{crop}, resized to {height} x {width} ({prepared['interpolation']}); pixels from "
-        f"0 to 1, minus mean {_numbers(prepared['mean'])}, over std {_numbers(prepared['std'])}."
+        "0 to 1 (8 bits divided by 255, 16 bits by 65,535), minus mean "
+        f"{_numbers(prepared['mean'])}, over std {_numbers(prepared['std'])}."
         + (" encoder.preprocess does this." if card["format"] == "safetensors" else ""),
         "It takes images of this size only." if card["image_sizes"] == "fixed"
         else f"It takes other sizes too, in multiples of {encoder['patch']}.", "",

@@ -20,10 +20,12 @@ class ClassifierLoss(NamedTuple):
     Attributes:
         loss: Cross-entropy in nats.
         features: The head's input, 'b d'.
+        logits: The head's output, 'b classes'.
     """
 
     loss: Tensor
     features: Tensor
+    logits: Tensor
 
 
 class Classifier(nn.Module):
@@ -58,4 +60,5 @@ class Classifier(nn.Module):
             path_noise: Uniform random numbers for stochastic depth, 'branches b'.
         """
         features = pooled(self.encoder, images, path_noise)  # b d
-        return ClassifierLoss(F.cross_entropy(self.head(features).float(), target, label_smoothing=smoothing), features)
+        logits = self.head(features).float()
+        return ClassifierLoss(F.cross_entropy(logits, target, label_smoothing=smoothing), features, logits)

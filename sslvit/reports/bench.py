@@ -44,6 +44,7 @@ from sslvit.settings.bench import (
     load_bench,
 )
 from sslvit.settings.load import load_recipe
+from sslvit.stopping import check_one_process
 from sslvit.train.backbones import refuse_transformer_keys
 from sslvit.train.folder import RunFolder, read_json
 
@@ -362,8 +363,7 @@ def bench(config: str | Path, **changes: Any) -> BenchTables:
     """
     settings = load_bench(config, {key: _as_text(value) for key, value in changes.items()})
     check_sources(settings)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("bench: runs in one process. Start it without torchrun.")
+    check_one_process("bench")
     run = BenchRun(settings)
     with lock_folder(run.folder, "run this bench"):
         run.claim()

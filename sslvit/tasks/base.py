@@ -232,6 +232,10 @@ class Task(pl.LightningModule):
         self.log_dict(metrics, batch_size=images, sync_dist=self.trainer.world_size > 1)
         return output.metrics["loss"]
 
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
+        """Features 'b d' of a batch's images (of its first view), for `Trainer.predict`."""
+        return self.trained_encoder.features(batch.views[0])
+
     def on_fit_start(self) -> None:
         """Refuse a Trainer that disagrees with the run plan; on a CPU, keep freed memory for the next step.
 

@@ -60,13 +60,20 @@ class Supervised(Task):
         return self.settings.classes
 
     def compute(self, batch: Batch, step: int) -> StepOutput:
-        """The cross-entropy of erased and mixed images, or of unchanged ones in evaluation mode."""
+        """The cross-entropy of erased and mixed images; in evaluation mode of unchanged ones, with the accuracy."""
         if self.training:
             images, target = self.mix(self.erase(batch, step), batch, step)  # b c h w, b classes
         else:
             images, target = batch.views[0], self.one_hot(batch, batch.views[0])
         found: ClassifierLoss = self.loss_fn(images, target, self.settings.smoothing, self.path_noise(batch, step))
-        return StepOutput(found.loss, {"loss": found.loss}, found.features)
+        metrics = {"loss": found.loss}
+        if not self.training:
+            metrics["top1"] = 100 * torch.eq(found.logits.argmax(1), target.argmax(1)).float().mean()
+        return StepOutput(found.loss, metrics, found.features)
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Float[Tensor, "b classes"]:
+        """Logits of a batch's images, for `Trainer.predict`."""
+        return self.model(batch.views[0])
 
     def symptoms(self, measures: dict[str, float]) -> list[Symptom]:
         """A loss that means equal probabilities for all classes, or features of low rank."""

@@ -119,7 +119,8 @@ def _pretrain(
     run = RunPlan.make(settings.train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
     settings = resolve_defaults(settings, folder if goes_on else None, index, run)
     run, memory = fit_micro_batch(run, settings, len(index), classes)
-    data = ShardDataModule(index, settings.data, settings.encoder, plan, run)
+    is_supervised = settings.task.name == "supervised"
+    data = ShardDataModule(index, settings.data, settings.encoder, plan, run, uses_labels=is_supervised)
     task = make_task(settings, run)
     if start is not None:
         task.start_from(start, str(settings.init))

@@ -53,6 +53,21 @@ def test_the_same_seed_gives_the_same_palette_and_nothing_is_overwritten(index, 
         make_palette(index, tmp_path / "d.json", colors=1)
 
 
+def test_a_palette_is_written_before_its_picture_and_not_without(
+    index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        assert json.loads((tmp_path / "p.json").read_text())["colors"]  # a kill here leaves what a recipe needs
+        raise RuntimeError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pixels, "plot_palette", fails)
+        with pytest.raises(RuntimeError, match="no room"):
+            make_palette(index, tmp_path / "p.json", 16, 8)
+    assert not list(tmp_path.glob("p.*"))
+    make_palette(index, tmp_path / "p.json", 16, 8)
+
+
 def test_places_within_an_image_depend_on_the_seed(index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixels, "PIXELS", 300)  # 10 of each of 30 images
     drawn = [sample_pixels(index, 8, seed)[0].view(30, 10, 3) for seed in (0, 0, 1)]

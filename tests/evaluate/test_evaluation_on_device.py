@@ -19,7 +19,7 @@ from sslvit.cli import main
 from sslvit.data.index import load_index
 from sslvit.environment import pick_workers
 from sslvit.evaluate import features as features_module
-from sslvit.evaluate import health, knn, linear
+from sslvit.evaluate import health, knn, likelihood, linear, samples
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.classify import accuracy
 from sslvit.evaluate.dense import segment
@@ -28,7 +28,11 @@ from sslvit.evaluate.masks import MaskedImages
 from sslvit.evaluate.probe import probe
 from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, full_float32
 from sslvit.models import ViTEncoder
-from sslvit.settings import EncoderSettings, ProbeSettings
+from sslvit.models.igpt import IGPTModel
+from sslvit.run_plan import RunPlan
+from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings, ProbeSettings
+from sslvit.settings.sample import SampleSettings
+from sslvit.tasks.igpt import IGPT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*device_type of 'cuda'.*", "ignore:.*no accelerator is found.*")
 READOUTS = [(1, "class"), (2, "mean")]
@@ -161,27 +165,51 @@ def tf32() -> Iterator[None]:
 def test_float32_is_float32_also_where_training_takes_tf32(
     shards: Path, tf32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, set[tuple[str, bool]]] = {}
+    seen = watch(monkeypatch, (ViTEncoder, "intermediates"), (knn, "nearest"), (linear, "fit_logistic"))
+    settings = ProbeSettings(str(shards / "train"), str(shards / "val"), neighbors=[3], cache=None)
+    probe({"mine": make()}, settings)
+    assert set(seen) == {"intermediates", "nearest", "fit_logistic"}
+    assert all(set(states) == {("highest", False)} for states in seen.values())
+    with pytest.raises(ValueError, match="broken"), full_float32():
+        raise ValueError("broken")  # and the fixture sees that TF32 is allowed again
 
-    def watch(owner: Any, name: str) -> None:
+
+def test_pixel_models_are_sampled_and_scored_in_float32(
+    shards: Path, tf32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pixel_model()
+    seen = watch(monkeypatch, (samples, "complete"), (likelihood, "model_nats"))
+    samples.sample_images(model, 2, SampleSettings())
+    samples.complete_images(model, str(shards / "val"), 1, 0.5, 1, SampleSettings())
+    likelihood.likelihood(model, *(LabeledSet(load_index(shards / name), 1) for name in ("train", "val")))
+    assert seen == {"complete": [("highest", False)] * 2, "model_nats": [("highest", False)]}
+
+
+def pixel_model() -> IGPTModel:
+    encoder = EncoderSettings(
+        image_size=8, channels=1, mean=[0.5], std=[0.5], tokens="pixel", patch=1, width=16, depth=1, heads=2,
+        causal=True, class_token=False, prefix_positions="none", pooling="mean", palette=[[-1.0], [0.0], [1.0]],
+    )  # fmt: skip
+    return IGPT(IGPTSettings(), encoder, OptimSettings(), RunPlan(1, 1, 8)).model
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, *places: tuple[Any, str]) -> dict[str, list[tuple[str, bool]]]:
+    """Record the precision of float32 at each call of functions of modules or classes."""
+    seen: dict[str, list[tuple[str, bool]]] = {}
+
+    def wrap(owner: Any, name: str) -> None:
         call = getattr(owner, name)
 
         def watched(*args: Any, **options: Any) -> Any:
             state = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-            seen.setdefault(name, set()).add(state)
+            seen.setdefault(name, []).append(state)
             return call(*args, **options)
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(ViTEncoder, "intermediates")
-    watch(knn, "nearest")
-    watch(linear, "fit_logistic")
-    settings = ProbeSettings(str(shards / "train"), str(shards / "val"), neighbors=[3], cache=None)
-    probe({"mine": make()}, settings)
-    assert set(seen) == {"intermediates", "nearest", "fit_logistic"}
-    assert all(states == {("highest", False)} for states in seen.values())
-    with pytest.raises(ValueError, match="broken"), full_float32():
-        raise ValueError("broken")  # and the fixture sees that TF32 is allowed again
+    for owner, name in places:
+        wrap(owner, name)
+    return seen
 
 
 @pytest.mark.parametrize("pos_embed", ["sincos_2d", "rotary_2d", "rotary_2d_normalized"])

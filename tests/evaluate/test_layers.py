@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sslvit.checkpoint import save_encoder
+from sslvit.checkpoint import fingerprint, save_encoder
 from sslvit.cli import main
 from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
@@ -98,6 +98,19 @@ def test_a_table_of_layers_states_its_precision_its_data_and_its_errors(shards: 
         "these scores say nothing of others",
     ):
         assert words in text
+
+
+def test_what_each_block_was_probed_with_is_stated(shards: ProbeSettings) -> None:
+    encoder = make()
+    table = probe_layers(encoder, replace(shards, labels_per_class=1, draws=2, baselines=False), [1, 3])
+    assert "linear, 1 per class: L2 penalty 1 / labels, fixed" in table.text()
+    probed = table.to_dict()["about"]["probed"]
+    assert set(probed) == {"layer 1", "layer 3"}
+    for number in (1, 3):
+        row = probed[f"layer {number}"]
+        assert row["features"] == f"layer {number}, mean pooling"
+        assert row["fingerprint"] == fingerprint(encoder)
+        assert row["linear"]["l2"] > 0
 
 
 def test_held_out_scores_are_of_images_that_the_fit_has_not_seen(shards: ProbeSettings) -> None:

@@ -391,7 +391,10 @@ RANKS = """
 import json, sys
 import torch
 from sslvit.checkpoint import load_encoder
+from sslvit.data.index import load_index
+from sslvit.evaluate.embed import embed
 from sslvit.evaluate.probe import probe
+from sslvit.evaluate.sources import FrozenEncoder, LabeledSet
 from sslvit.ranks import all_ranks, is_first_rank
 from sslvit.settings import ProbeSettings
 from sslvit.settings.protocols import PROTOCOLS
@@ -406,7 +409,9 @@ with all_ranks():
         settings = ProbeSettings(train, val, PROTOCOLS[name](**changed), labels_per_class=4, draws=2, batch=4,
                                  neighbors=[3], cache=None)
         found[name] = probe({"mine": load_encoder(encoder)}, settings).scores
+    made = embed(FrozenEncoder(load_encoder(encoder)), LabeledSet(load_index(train), 3), [(1, "class")], batch=4)
     if is_first_rank():
+        found["embed"] = [made.keys.tolist(), made.labels.tolist(), made.features.tolist()]
         print("RESULT" + json.dumps(found))
 """
 
@@ -426,7 +431,7 @@ def test_scores_are_the_same_on_one_two_and_three_ranks(shards: Path, tmp_path: 
         assert done.returncode == 0, done.stderr[-2000:]
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
         found.append(line)
-    assert set(json.loads(found[0].removeprefix("RESULT"))) == {"logreg", "mae", "dino", "dinov2"}
+    assert set(json.loads(found[0].removeprefix("RESULT"))) == {"logreg", "mae", "dino", "dinov2", "embed"}
     assert found[0] == found[1] == found[2]
 
 

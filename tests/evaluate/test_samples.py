@@ -125,6 +125,15 @@ def test_what_cannot_be_sampled_is_said_in_one_line(
     assert error.count("\n") == 1
 
 
+def test_where_no_picture_can_be_written_nothing_is_sampled(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(samples, "complete", lambda *_: pytest.fail("sampled"))
+    (run / "figures").write_text("")
+    assert main(["sample", str(run)]) == 1
+    assert str(run / "figures") in capsys.readouterr().err
+
+
 def test_a_run_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["sample", str(tmp_path / "none")]) == 1
     assert "no such file or folder" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.evaluate.classify import accuracy
 from sslvit.evaluate.probe import ProbeTable, probe
-from sslvit.evaluate.scores import format_score, independent, interval, sampling_interval
+from sslvit.evaluate.scores import format_score, independent, interval, read_scores, sampling_interval
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.models import ViTEncoder
 from sslvit.reports.bench import BenchRun
@@ -53,6 +53,13 @@ def test_intervals_over_seeds_cover_the_truth_as_often_as_they_say() -> None:
 def test_one_seeds_draws_are_independent_of_each_other() -> None:
     assert independent([[60.0, 62.0, 64.0]]) == [60.0, 62.0, 64.0]
     assert independent([[60.0, 62.0], [70.0]]) == [61.0, 70.0]
+
+
+def test_a_score_that_is_null_leaves_the_others() -> None:
+    assert read_scores({"a": {"linear": 50.0, "kNN": None}, "b": {"kNN": [1, 2]}}) == {
+        "a": {"linear": [50.0]}, "b": {"kNN": [1, 2]}
+    }  # fmt: skip
+    assert read_scores({"a": {"kNN": None}}) == {}
 
 
 def test_the_sampling_interval_is_a_binomials_at_one_half() -> None:

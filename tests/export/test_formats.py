@@ -606,6 +606,7 @@ def test_a_card_says_in_words_which_part_of_an_image_is_seen(tmp_path: Path) -> 
         ("b", {}, "The largest centered box with the proportions of 224 x 224, resized to 224 x 224 (bicubic)"),
         ("c", {"crop_mode": "squash"}, "The whole image, squashed, resized to 224 x 224"),
         ("d", {"crop_mode": "squash", "crop_fraction": 0.5}, "The middle 50 % (of each side) of the whole image"),
+        ("e", {}, "pixels from 0 to 1 (8 bits divided by 255, 16 bits by 65,535), minus mean 0.485"),
     ):
         saved(tmp_path / name, image_size=224, patch=56, **options)
         export_encoder(tmp_path / name, tmp_path / f"out-{name}", "safetensors")

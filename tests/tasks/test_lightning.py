@@ -182,8 +182,26 @@ def test_plain_images_and_labels_are_a_batch(tmp_path: Path) -> None:
     classifier = Supervised(
         SupervisedSettings(classes=2), EncoderSettings(**ENCODER), OptimSettings(), RunPlan(4, 2, 8)
     )
-    quiet_trainer(tmp_path).fit(classifier, loader(), loader(8))
-    assert classifier.trainer.callback_metrics["val/loss"].isfinite()
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(classifier, loader(), loader(8))
+    assert trainer.callback_metrics["val/loss"].isfinite()
+
+
+def test_accuracy_features_and_logits_of_ones_own_loader(tmp_path: Path) -> None:
+    settings, run = SupervisedSettings(classes=2), RunPlan(4, 2, 8)
+    classifier = Supervised(settings, EncoderSettings(**ENCODER), OptimSettings(), run)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(classifier.model.head.weight)
+    trainer, task, batches = quiet_trainer(tmp_path), mae(), loader(24, 8)
+    (found,) = trainer.validate(classifier, batches, verbose=False)
+    pixels, labels = batches.dataset.tensors
+    with torch.no_grad():
+        logits, features = classifier.eval().model(pixels), task.eval().encoder.features(pixels)
+    right = (logits.argmax(1) == labels).sum().item()
+    assert 0 < right < 24
+    assert found["val/top1"] == pytest.approx(100 * right / 24)
+    torch.testing.assert_close(torch.cat(trainer.predict(classifier, batches)), logits)
+    torch.testing.assert_close(torch.cat(trainer.predict(task, batches)), features)
 
 
 def test_micro_batches_of_plain_loaders_have_their_place_in_the_global_batch(tmp_path: Path) -> None:

@@ -399,6 +399,19 @@ def test_a_resumed_run_ends_with_the_same_weights(shards: Path, monkeypatch: pyt
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_a_run_does_not_go_on_with_other_labels_of_the_same_images(shards: Path) -> None:
+    paths = [str(shards / name) for name in ("encoder", "train", "val")]
+    run = sslvit.finetune(*paths, out=shards / "run", **SHORT | {"train.steps": 2})
+    index = load_index(shards / "train")
+    before = index.labels_fingerprint()
+    index.records = np.array(index.records)
+    index.records["label"] = (index.records["label"] + 1) % 3
+    assert index.labels_fingerprint() != before
+    index.save()
+    with pytest.raises(ValueError, match=f"written with other data .labels {before} then"):
+        sslvit.resume(run, **{"train.steps": 3})
+
+
 def test_what_cannot_be_fine_tuned_is_refused(shards: Path, capsys: pytest.CaptureFixture) -> None:
     pack(array_samples(np.zeros((16, 8, 8, 3), np.uint8)), shards / "plain")
     pack(array_samples(np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 0, 1]), shards / "other", ["a", "d"])

@@ -298,4 +298,11 @@ FAULTS = [
     bench("Every seed of an untrained row has the first one's weights",
           "Entry(partial(untrained, encoder, seed), path, True, seed)",
           "Entry(partial(untrained, encoder, 0), path, True, seed)", "evaluate/test_scores.py"),
+    Fault(
+        "Each block's features have the name of the last block",
+        "sslvit/evaluate/layers.py",
+        "replace(settings, layer=number), settings.seed)\n            probed_as",
+        "replace(settings, layer=probed[-1]), settings.seed)\n            probed_as",
+        ("tests/evaluate/test_layers.py",),
+    ),
 ]  # fmt: skip

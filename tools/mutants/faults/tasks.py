@@ -1095,4 +1095,18 @@ FAULTS = [
         "pass",
         OF_MUON,
     ),
+    Fault(
+        "The accuracy on validation data is that of a random class",
+        SUPERVISED,
+        "torch.eq(found.logits.argmax(1), target.argmax(1))",
+        "torch.eq(found.logits.argmin(1), target.argmax(1))",
+        ("tests/tasks/test_lightning.py",),
+    ),
+    Fault(
+        "Likelihoods may be computed in TF32",
+        LIKELIHOOD,
+        "@full_float32()\ndef likelihood(",
+        "def likelihood(",
+        ("tests/evaluate/test_evaluation_on_device.py",),
+    ),
 ]

@@ -441,4 +441,11 @@ FAULTS = [
           "            scores[SCORES[key]] = _metric(last, key, folder.metrics)\n",
           "            scores.setdefault(SCORES[key], _metric(last, key, folder.metrics))\n",
           ("tests/train/test_runs.py::test_metrics_are_read_once",)),
+    Fault(
+        "A fine-tuning goes on with other labels",
+        "sslvit/train/run.py",
+        "plan, run, uses_labels=is_supervised)",
+        "plan, run)",
+        ("tests/tasks/test_supervised.py",),
+    ),
 ]  # fmt: skip
