@@ -407,6 +407,22 @@ def test_options_of_other_commands_are_refused(capsys, photos: Path) -> None:
     assert "--hold: no such option" in failing(capsys, "shards", "pack", str(photos), "out", "--hold", "0.1")
 
 
+def test_numbers_and_arrays_of_numpy_and_torch_are_settings() -> None:
+    changes = {
+        "train.steps": np.int64(5), "encoder.mean": np.full(3, 0.25), "encoder.std": torch.full((3,), 0.5),
+        "data.resolutions": [np.int32(16), torch.tensor(32)], "optim.min_lr": np.float64(1e-6),
+        "data.resolution_fractions": (0.5, 0.5), "train.requeue": np.bool_(False),
+    }  # fmt: skip
+    found = load_recipe("mae/small_cpu", changes)
+    plain = load_recipe("mae/small_cpu", {
+        "train.steps": 5, "encoder.mean": [0.25] * 3, "encoder.std": [0.5] * 3, "data.resolutions": [16, 32],
+        "optim.min_lr": 1e-6, "data.resolution_fractions": [0.5, 0.5], "train.requeue": False,
+    })  # fmt: skip
+    assert repr(found) == repr(plain)
+    with pytest.raises(ValueError, match="train.steps: expected int or null, got np.float64"):
+        load_recipe("mae/small_cpu", {"train.steps": np.float64(2.5)})
+
+
 def test_values_are_read_as_yaml_reads_them() -> None:
     changes = read_changes(["--optim.base_lr", "1e-3", "--data.view.scale=[0.2, 1]", "--out", "x", "--init=null"])
     assert changes == {"optim.base_lr": "1e-3", "data.view.scale": [0.2, 1], "out": "x", "init": None}

@@ -254,6 +254,8 @@ def convert(hint: Any, value: Any, key: str) -> Any:
 
 
 def _converted(hint: Any, value: Any) -> Any:
+    if callable(to_plain := getattr(value, "tolist", None)):
+        value = to_plain()  # a number or an array of NumPy or torch
     options = alternatives(hint)
     if len(options) > 1:
         for option in options:
