@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from sslvit.settings import RunSettings
 from sslvit.settings.describe import default_of
 from sslvit.settings.load import by_dotted_key
 from sslvit.train.runs import has_begun, summarize
+
+logger = logging.getLogger(__name__)
 
 MARK, FIGURE, LOCK = "sweep.json", "sweep.png", ".sweep.lock"
 
@@ -58,7 +61,9 @@ def claim_folder(out: Path, planned: list[SweepRun], resolved: Mapping[str, RunS
         check_folder(out, planned)
         before = _read_mark(out)
         for run in planned:
-            if run.name not in before and run.folder.config.exists():
+            if run.name in before and run.folder.config.exists():
+                _warn_of_changes(run)
+            elif run.folder.config.exists():
                 _check_config(run, resolved[run.name])
         runs = before | {run.name: record_settings(run.settings) for run in planned}
         write_atomically(out / MARK, json.dumps({"runs": runs}, indent=1) + "\n")
@@ -91,6 +96,18 @@ def _check_config(run: SweepRun, resolved: RunSettings) -> None:
         for key, value in there.items()
     }
     _refuse_changes(run, before)
+
+
+def _warn_of_changes(run: SweepRun) -> None:
+    """Warn of a run that was resumed outside the sweep with other values of the sweep's settings."""
+    asked, there = record_settings(run.settings), by_dotted_key(run.folder.read_config())
+    changed = [f"{key} {brief(asked[key])} -> {brief(there.get(key))}"
+               for key in run.changes if asked.get(key) not in (None, there.get(key))]  # fmt: skip
+    if changed:
+        logger.warning(
+            f"{printable(run.folder.path)}: was resumed with other settings ({'; '.join(changed[:4])}), so its score "
+            "is not comparable with the others'"
+        )
 
 
 def _refuse_changes(run: SweepRun, before: dict[str, Any]) -> None:

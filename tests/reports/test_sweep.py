@@ -179,6 +179,21 @@ def test_a_sweep_goes_on_where_it_stopped(shards: Path, tmp_path: Path, monkeypa
     assert seen[before:] == [(2, 2), (2, 3), (3, 0), (3, 1), (3, 2), (3, 3)]  # none of the first, the second's rest
 
 
+def test_a_run_resumed_by_hand_with_other_settings_is_named(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = {"optim.base_lr": [1e-3, 2e-3], "train.steps": [2]}
+    made = swept(shards, tmp_path / "sweep", grid)
+    swept(shards, tmp_path / "sweep", grid)
+    assert "was resumed with other settings" not in caplog.text
+    second = list(made.found)[1].path
+    sslvit.resume(second, **{"train.steps": 4, "optim.base_lr": 4e-3})
+    swept(shards, tmp_path / "sweep", grid)
+    (said,) = [record.getMessage() for record in caplog.records if "resumed with other" in record.getMessage()]
+    assert said.startswith(second)
+    assert "(optim.base_lr 0.002 -> 0.004; train.steps 2 -> 4)" in said
+
+
 def test_a_run_that_another_process_has_is_running_and_the_others_run(shards: Path, tmp_path: Path) -> None:
     with RunFolder(tmp_path / "sweep" / "depth=1").held(waits=False):  # before it has written its settings
         made = swept(shards, tmp_path / "sweep", {"encoder.depth": [1, 2]})

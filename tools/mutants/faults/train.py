@@ -412,7 +412,7 @@ FAULTS = [
           'if budget != before.get("train.budget"):', "if False:", (BUDGET,)),
     # ---- several runs
     Fault("A sweep takes runs of other settings as its own", f"{SWEEP}_folder.py",
-          "if run.name not in before and run.folder.config.exists():", "if False:",
+          "            elif run.folder.config.exists():\n", "            elif False:\n",
           (f"{SWEEPS}::test_a_folder_with_something_else_and_other_settings_are_refused",)),
     Fault("A setting that a version did not have counts as changed", f"{SWEEP}_folder.py",
           "by_dotted_key(_default_values(run.settings)) | before", "before",
