@@ -189,6 +189,11 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {plural}"
 
 
+def in_millions(count: float) -> str:
+    """Format a number of parameters: 22.1 M, or 12,345 below a million."""
+    return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,.0f}"
+
+
 def brief(value: object) -> str:
     """Format a value for a message: one short line, however large the value is."""
     text = value[: 2 * MAX_VALUE] if isinstance(value, str) else _SHORT.repr(value)

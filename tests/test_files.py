@@ -25,6 +25,7 @@ from sslvit.files import (
     cache_folder,
     expand_path,
     explain_os_error,
+    in_millions,
     new_file,
     printable,
     to_json,
@@ -258,6 +259,12 @@ def test_caches_go_to_a_private_temporary_folder_without_a_home(monkeypatch, tmp
     assert folder == tmp_path / f"sslvit-{os.getuid()}" / ".cache/sslvit"
     assert stat.S_IMODE((tmp_path / f"sslvit-{os.getuid()}").stat().st_mode) == 0o700
     assert "no home folder" in capsys.readouterr().out
+
+
+def test_a_small_network_is_not_of_zero_millions() -> None:
+    assert [in_millions(count) for count in (999, 12_345, 999_999, 1_000_000, 2.71e6, 307_000_000)] == [
+        "999", "12,345", "999,999", "1.0 M", "2.7 M", "307.0 M"
+    ]  # fmt: skip
 
 
 def test_a_number_of_bytes_is_told_in_the_unit_that_leaves_few_digits() -> None:

@@ -15,7 +15,7 @@ from sslvit.checkpoint import fingerprint
 from sslvit.evaluate.scores import markdown_table, markdown_text, read_decimals, read_scores, scored_data
 from sslvit.exporters.cropping import whole_pixel_fraction
 from sslvit.exporters.exported import Exported
-from sslvit.files import printable
+from sslvit.files import in_millions, printable
 from sslvit.layouts.hub import NAME as HUB_NAME
 from sslvit.models import ViTEncoder
 from sslvit.settings import TASK_SETTINGS
@@ -156,7 +156,7 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], usage: str, name: str)
     lines = [
         "---", header.rstrip(), "---", "",
         f"# {markdown_text(name)}", "",
-        f"A vision transformer of {card['parameters'] / 1e6:.1f} M parameters ({encoder['depth']} blocks, width "
+        f"A vision transformer of {in_millions(card['parameters'])} parameters ({encoder['depth']} blocks, width "
         f"{encoder['width']}, {encoder['heads']} heads, patch {encoder['patch']}), written by sslvit {card['sslvit']} "
         f"for {card['format']}. It gives {card['outputs']}.", "",
         "```python", usage, "```", "",

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from sslvit.files import printable
 from sslvit.results import html_text
 
 WIDTH, HEIGHT = 640, 250
@@ -17,6 +18,7 @@ MAX_POINTS = 400  # of a line; more points are averaged
 SMOOTHED_FROM = 40  # points from which on a smoothed line is drawn as well
 COLORS = 6  # var(--c0) to var(--c5)
 DASHES = ("", "6 3", "2 3")  # used in turn when the colors repeat
+MAX_NAME = 70  # characters of a row's name, which is as wide as a figure
 STEEP = 4.0  # cut off the top 2 % of values if the full range is more than this times the rest
 
 SCRIPT = """
@@ -71,7 +73,8 @@ def line_chart(title: str, lines: Lines, x_label: str, y_label: str) -> str:
         up = float(to_pixels(low_x, value)[1])
         shapes.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{up:.1f}" y2="{up:.1f}"/>')
         shapes.append(f'<text x="{LEFT - 6}" y="{up + 4:.1f}" text-anchor="end">{short(value, step)}</text>')
-    for value in ticks(low_x, high_x):
+    is_whole = all((x == np.round(x)).all() for x, _ in drawn.values())  # there is no step 1.5
+    for value in ticks(low_x, high_x, smallest=1.0 if is_whole else 0.0):
         across = float(to_pixels(value, low)[0])
         shapes.append(f'<text x="{across:.1f}" y="{bottom + 16}" text-anchor="middle">{short(value)}</text>')
     shapes.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{html_text(x_label)}</text>')
@@ -107,7 +110,8 @@ def breakdown_chart(title: str, rows: Mapping[str, Mapping[str, float]], unit: s
     made = []
     for number, (row, of) in enumerate(rows.items()):
         x, y = 0.0, number * 46
-        made.append(f'<text x="0" y="{y + 14}">{html_text(row)}: {sum(of.values()):.3g} {html_text(unit)}</text>')
+        name = html_text(printable(row, MAX_NAME))
+        made.append(f'<text x="0" y="{y + 14}">{name}: {sum(of.values()):.3g} {html_text(unit)}</text>')
         for color, name in enumerate(names):
             width = WIDTH * of.get(name, 0.0) / longest
             made.append(
@@ -156,11 +160,11 @@ def value_range(values: np.ndarray) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers within a range."""
+def ticks(low: float, high: float, count: int = 5, smallest: float = 0.0) -> list[float]:
+    """About `count` round numbers within a range, at least `smallest` apart."""
     rough = (high - low) / count or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    step = max(next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999), smallest)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 

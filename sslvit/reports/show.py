@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ FIELD_COLUMNS = 4  # number of blocks whose receptive fields are plotted
 Shown = Literal["attention", "distance", "field", "neighbors", "pca", "similarity", "reconstruct", "views", "schedule"]
 OF_RECIPES = ("views", "schedule")
 IMAGES = 8  # default number of images
+GOLDEN_RATIO = 0.618  # step between hues, so that neighboring classes differ most
 
 
 @dataclass(repr=False)
@@ -339,10 +341,14 @@ def plot_predictions(table: DenseTable, val: MaskedImages, settings: EncoderSett
 
 
 def mask_colors(masks: np.ndarray, classes: list[int]) -> np.ndarray:
-    """Convert class numbers 'b h w' to colors 'b 3 h w'; pixels without a label are white."""
+    """Convert class numbers 'b h w' to colors 'b 3 h w', one for each class; pixels without a label are white."""
     from matplotlib import colormaps
 
     colors = np.ones((*masks.shape, 3))
     for index, number in enumerate(classes):
-        colors[masks == number] = colormaps["tab20"](index % 20)[:3]
+        if len(classes) <= 20:
+            color = colormaps["tab20"](index)[:3]
+        else:
+            color = colorsys.hsv_to_rgb(index * GOLDEN_RATIO % 1, (0.9, 0.5)[index % 2], (0.95, 0.6)[index // 2 % 2])
+        colors[masks == number] = color
     return colors.transpose(0, 3, 1, 2)

@@ -24,7 +24,7 @@ from sslvit.data.mixture import Plan
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_run_data
 from sslvit.environment import cpu_cores, limited_steps
-from sslvit.files import counted, new_file
+from sslvit.files import counted, in_millions, new_file
 from sslvit.ranks import ending_groups
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
@@ -197,10 +197,9 @@ def _resume_hint(folder: RunFolder) -> str:
 
 def _announce(settings: RunSettings, data: ShardDataModule, task: Task, trainer: pl.Trainer) -> None:
     parameters = sum(parameter.numel() for parameter in task.trained_encoder.parameters())
-    size = f"{parameters / 1e6:,.1f} M" if parameters >= 1e6 else f"{parameters:,}"
     run, dropped = data.run, data.plan.dropped_per_epoch
     logger.info(
-        f"{settings.task.name}: encoder of {size} parameters on {len(data.index):,} images; "
+        f"{settings.task.name}: encoder of {in_millions(parameters)} parameters on {len(data.index):,} images; "
         f"{run.total_steps:,} steps of {run.global_batch_size} images "
         f"({run.total_steps / run.steps_per_epoch:.1f} epochs, each dropping {dropped} images); "
         f"peak learning rate {task.peak_lr:.2e}; "

@@ -18,8 +18,9 @@ from sslvit.cli import main
 from sslvit.evaluate import dense
 from sslvit.evaluate.dense import measures, segment
 from sslvit.evaluate.linear import L2_GRID
-from sslvit.evaluate.masks import MaskedImages
+from sslvit.evaluate.masks import IGNORED, MaskedImages
 from sslvit.models import ViTEncoder
+from sslvit.reports.show import mask_colors
 from sslvit.settings import EncoderSettings
 
 
@@ -309,3 +310,11 @@ def test_segmentation_from_python_gives_what_the_command_prints(tmp_path: Path, 
     assert "of the masks' labeled pixels, 100.0 % are in these views" in repr(table)
     with pytest.raises(ValueError, match=r"allow_same_data=True"):
         sslvit.segment(encoder, train, train)
+
+
+@pytest.mark.parametrize("count", [3, 20, 21, 255])
+def test_each_class_has_a_color_of_its_own_in_pictures(count: int) -> None:
+    masks = np.append(np.arange(count), IGNORED).reshape(1, 1, -1)
+    colors = mask_colors(masks, list(range(count)))[0, :, 0].T
+    assert len({tuple(color) for color in colors}) == count + 1
+    assert colors[-1].tolist() == [1, 1, 1]  # without a label

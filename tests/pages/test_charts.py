@@ -74,6 +74,20 @@ def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None
     assert ticks(low, high) == pytest.approx(expected)
 
 
+def test_there_are_no_ticks_between_steps() -> None:
+    assert ticks(0, 2, smallest=1.0) == [0, 1, 2]
+    steps = re.compile(r'text-anchor="middle">([\d.]+)</text>')
+    assert steps.findall(line_chart("Loss", {"a": ([1, 2, 3], [1, 2, 3])}, "step", "loss")) == ["1", "2", "3"]
+    assert "1.5" in steps.findall(line_chart("Loss", {"a": ([1, 1.5, 3], [1, 2, 3])}, "epoch", "loss"))
+
+
+def test_a_long_name_leaves_room_for_its_number() -> None:
+    chart = breakdown_chart("Time", {"run " * 100: {"data": 1.0}}, "ms")
+    (label,) = re.findall(r"<text[^>]*>([^<]*)</text>", chart)
+    assert label.endswith("... : 1 ms") or label.endswith("...: 1 ms")
+    assert len(label) < 90
+
+
 def test_numbers_of_axes_are_short() -> None:
     assert [short(value) for value in (0, 0.30000000000000004, 2500, 3e6, -2e9)] == ["0", "0.3", "2.5k", "3M", "-2G"]
 
