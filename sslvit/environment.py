@@ -83,13 +83,22 @@ def describe_process() -> dict[str, Any]:
     """Describe the process that writes a file: command, date, host, versions, and commits of the code."""
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "pytorch-lightning", "numpy")}
     return {
-        "command": shlex.join(sys.argv), "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": typed_command(), "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "host": platform.node(),
         "versions": {"sslvit": sslvit.__version__, "python": platform.python_version(), **versions},
         "commits": {
             "sslvit": git_commit(Path(sslvit.__file__).parent), "working_directory": git_commit(Path.cwd()),
         },
     }  # fmt: skip
+
+
+def typed_command() -> str:
+    """The command line of this process, with sslvit by its name and not by the path of its program."""
+    program, *words = sys.argv
+    path = Path(program)
+    is_module = path.parent.name == "sslvit" and path.suffix == ".py"
+    start = ["sslvit"] if is_module or path.name == "sslvit" else [program]
+    return shlex.join([*start, *words])
 
 
 def git_commit(folder: Path) -> str | None:

@@ -50,6 +50,7 @@ def branch(run: str | os.PathLike[str], out: str | os.PathLike[str], step: int |
         _copy(source, checkpoint, copy)
         check_checkpoint(copy.checkpoint)
         copied = _step_of(copy.checkpoint)
+        copy.start_branch(source, copied)
         if step is not None and copied != step:
             raise ValueError(
                 f"--step {step}: {printable(source.path)} went on and replaced it meanwhile. Take a later one."
@@ -97,11 +98,10 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _copy(source: RunFolder, checkpoint: Path, new: RunFolder) -> None:
-    """Copy settings, checkpoint and records, also those of later steps; the checkpoint holds what ledger.json tells."""
+    """Copy checkpoint and records, also those of later steps; the checkpoint holds what ledger.json tells."""
     new.checkpoint.parent.mkdir(parents=True)
-    for path in (source.config, source.metrics):
-        if path.is_file():
-            shutil.copyfile(path, new.path / path.name)
+    if source.metrics.is_file():
+        shutil.copyfile(source.metrics, new.metrics)
     if source.samples.is_dir():
         shutil.copytree(source.samples, new.samples)
     shutil.copyfile(checkpoint, new.checkpoint)

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 PAGE = "report"  # the kind of its page
+BRANCHED_FROM = "branched_from"  # key of an entry under made_by: the run that was copied
 WAIT_SECONDS = 30.0  # for the previous process, which may be writing its last checkpoint
 NAMED = f"step-{'[0-9]' * 8}.ckpt"  # does not match a user's own step-best.ckpt
 SECTIONS = {"task", "encoder", "data", "train"}  # in every config.yaml
@@ -261,10 +262,19 @@ class RunFolder(Result):
         earlier = self.made_by() if goes_on else []
         settings = {**settings, MADE_BY: [*earlier, describe_process()]}
         with new_file(self.config) as temporary:
-            temporary.write_text(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, width=120))
+            self._write_config(settings, temporary)
             if not goes_on:
                 self._delete_run()
         self.checkpoint.parent.mkdir(exist_ok=True)
+
+    def start_branch(self, source: RunFolder, step: int) -> None:
+        """Write config.yaml of a copy of a run at a step: its settings, and what has run it so far."""
+        made = [*source.made_by(), {BRANCHED_FROM: str(source.path), "step": step, **describe_process()}]
+        self._write_config({**source.read_config(), MADE_BY: made}, self.config)
+
+    @staticmethod
+    def _write_config(content: dict[str, Any], path: Path) -> None:
+        path.write_text(yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120))
 
     def _delete_run(self) -> None:
         """Delete what a run made, except its config.yaml; other files beside its checkpoints stay."""

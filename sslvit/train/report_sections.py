@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from sslvit.evaluate.scores import read_decimals, read_scores, scored_data
+from sslvit.files import counted
 from sslvit.pages.charts import breakdown_chart, line_chart
 from sslvit.pages.page import figure_row, heading, is_plain, picture, table, text, text_rows
 from sslvit.results import decimals
+from sslvit.settings.encoder import OF_A_BACKBONE
 from sslvit.settings.load import by_dotted_key, from_keywords
 from sslvit.settings.run import RunSettings
-from sslvit.train.folder import RunFolder, read_json
+from sslvit.train.folder import BRANCHED_FROM, RunFolder, read_json
 from sslvit.train.runs import summarize, value_in
 
 # title of a chart -> label of its values, and the metrics that it may show; those of one chart have one unit
@@ -81,9 +83,19 @@ def facts(named: Named) -> list[str]:
     rows = [[key, *(column.get(key, "–") for column in columns)] for key in keys]
     messages = []
     for name, files in named.items():
-        said = (read_json(files.folder.health) or {}).get("messages")
-        messages += [text(f"{name}: {one}") for one in said if isinstance(one, str)] if isinstance(said, list) else []
+        messages += [text(f"{name}: {one}") for one in _events_of(files)]
     return [text_rows(["", *named], rows), *messages]
+
+
+def _events_of(files: RunFiles) -> list[str]:
+    """What went wrong in a run: the messages of its health check, and the last step that was not finite."""
+    said = value_in(read_json(files.folder.health), "messages")
+    found = [value_in(one, "message") for one in said] if isinstance(said, list) else []
+    incident = files.folder.incident
+    step = value_in(read_json(incident / "incident.json"), "step")
+    if isinstance(step, int):
+        found.append(f"step {step:,} was not finite and was skipped; to see why: sslvit replay {incident}")
+    return [one for one in found if isinstance(one, str)]
 
 
 def _facts_of(files: RunFiles) -> dict[str, object]:
@@ -92,6 +104,8 @@ def _facts_of(files: RunFiles) -> dict[str, object]:
     images = value_in(data, "samples")
     made = [one for one in folder.made_by() if isinstance(one, dict)]
     first = made[0] if made else {}
+    branches = [f"{one[BRANCHED_FROM]}, step {one.get('step')}" for one in made if BRANCHED_FROM in one]
+    resumed = len(made) - len(branches) - 1
     versions = first.get("versions")
     speeds = history.get("time/images_per_second", np.array([]))
     speeds = speeds[np.isfinite(speeds)]
@@ -102,7 +116,9 @@ def _facts_of(files: RunFiles) -> dict[str, object]:
         "health": run.health, "data": run.data,
         "images": f"{images:,}" if isinstance(images, int) else None,
         "data fingerprint": value_in(data, "fingerprint"),
-        "encoder": None if run.width is None else f"{run.depth} blocks of width {run.width}",
+        "encoder": run.backbone or (
+            None if run.width is None or run.depth is None else f"{counted(run.depth, 'block')} of width {run.width}"
+        ),
         "steps": f"{run.steps:,} of {run.total_steps:,}" if run.total_steps else f"{run.steps:,}",
         "images seen": f"{run.steps * batch:,}" if isinstance(batch, int) else None,
         "epochs": f"{epochs[-1]:.1f}" if len(epochs) else None,
@@ -110,7 +126,8 @@ def _facts_of(files: RunFiles) -> dict[str, object]:
         "images/s": f"{float(np.median(speeds)):,.0f} (median)" if len(speeds) else None,
         "final loss": None if run.loss is None else decimals(run.loss),
         "started": first.get("date"), "host": first.get("host"), "command": first.get("command"),
-        "resumed": f"{len(made) - 1} times" if len(made) > 1 else None,
+        "branched from": branches[-1] if branches else None,
+        "resumed": counted(resumed, "time") if resumed > 0 else None,
         "software": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,
         "commit": value_in(first, "commits.sslvit"),
     }  # fmt: skip
@@ -118,12 +135,14 @@ def _facts_of(files: RunFiles) -> dict[str, object]:
 
 
 def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return counted(round(3600 * hours), "second")
     return f"{60 * hours:.1f} minutes" if hours < 1.5 else f"{hours:.1f} hours"
 
 
 def settings(named: Named) -> list[str]:
     """Settings that differ from the defaults; those in which several runs differ are highlighted."""
-    of_runs = {name: by_dotted_key(files.config) for name, files in named.items()}
+    of_runs = {name: _used_settings(files) for name, files in named.items()}
     defaults = [_defaults(files.config) for files in named.values()]
     keys = list(dict.fromkeys(key for settings in of_runs.values() for key in settings))
     rows: list[list[str]] = []
@@ -144,6 +163,17 @@ def settings(named: Named) -> list[str]:
         text(f"Those that are not the defaults of this task and view, after every null was resolved.{said}"),
         text_rows(["", *named, "default"], rows, changed),
     ]
+
+
+def _used_settings(files: RunFiles) -> dict[str, Any]:
+    """Settings by dotted key, without those of the vision transformer for another network."""
+    found = by_dotted_key(files.config)
+    if files.summary.backbone is None:
+        return found
+    return {
+        key: value for key, value in found.items()
+        if not key.startswith("encoder.") or key.removeprefix("encoder.") in OF_A_BACKBONE
+    }  # fmt: skip
 
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,9 @@ class RunSummary:
         state: finished, running (a process has locked the folder) or stopped.
         task: Name of the training task.
         data: Training data.
-        width: Width of the encoder.
-        depth: Number of its blocks.
+        backbone: Name of the network, if it is not a vision transformer.
+        width: Width of the encoder; None with a backbone.
+        depth: Number of its blocks; None with a backbone.
         steps: Number of optimizer steps so far, those of the last line of metrics.jsonl.
         total_steps: Number of optimizer steps in the run.
         loss: Loss in that line.
@@ -46,6 +47,7 @@ class RunSummary:
     state: str
     task: str | None
     data: str | None
+    backbone: str | None
     width: int | None
     depth: int | None
     steps: int
@@ -85,7 +87,8 @@ class RunList(Result):
         titles = ("run", "task", "data", "encoder", "steps", "loss", *names, "health", "hours", "state")
         return titles, [
             (
-                run.path, run.task or "–", run.data or "–", f"{_format(run.width)} x {_format(run.depth)}",
+                run.path, run.task or "–", run.data or "–",
+                run.backbone or f"{_format(run.width)} x {_format(run.depth)}",
                 f"{run.steps:,} of {_format(run.total_steps)}", _loss(run.loss),
                 *(_format(run.scores.get(name), ".1f") for name in names), run.health or "–",
                 _format(run.hours, ".2f"), run.state,
@@ -218,13 +221,16 @@ def summarize(folder: RunFolder) -> RunSummary:
     if top1 is not None and (reported_step or 0) >= (scored_step or 0):  # else the run has gone on since
         scores[SCORES["val/top1"]] = top1
     is_finished = total is not None and steps >= total and (folder.encoder / "encoder.json").exists()
-    width, depth = (_number_in(config, key, folder.config) for key in ("encoder.width", "encoder.depth"))
+    backbone = _text_in(config, "encoder.backbone", folder.config)
+    width, depth = (
+        None if backbone else _number_in(config, key, folder.config) for key in ("encoder.width", "encoder.depth")
+    )
     seconds = _metric(last, "time/elapsed", folder.metrics) if "time/elapsed" in last else None
     return RunSummary(
         str(folder.path), "running" if is_locked(folder.path / LOCK) else "finished" if is_finished else "stopped",
         _text_in(config, "task.name", folder.config),
         _text_in(config, "data.shards", folder.config) or (json.dumps(mixture, default=str) if mixture else None),
-        width if width is None else int(width), depth if depth is None else int(depth), steps, total,
+        backbone, width if width is None else int(width), depth if depth is None else int(depth), steps, total,
         _metric(last, "train/loss", folder.metrics) if "train/loss" in last else None, scores,
         _text_in(health, "verdict", folder.health), None if seconds is None else seconds / 3600,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,11 @@ def test_a_cnn_is_trained_with_labels_by_its_name_and_its_folder_opens_by_it(cap
     assert run.read_config()["init"] is None
     assert "all its weights move at one learning rate" in capsys.readouterr().out
     assert json.loads((run.encoder / "encoder.json").read_text())["encoder"]["backbone"] == CNN
+    page = run.page.read_text()
+    assert f"<td>encoder</td><td>{CNN}</td>" in page
+    assert "<td>encoder.image_size</td>" in page
+    assert not re.findall(r"<td>encoder\.(?:patch|depth|class_token|pooling)</td>", page)  # of a transformer
+    assert CNN in str(sslvit.runs(tmp_path))
     encoder, trained = sslvit.load_encoder(out).state_dict(), weights(run)
     assert all(torch.equal(value, trained[f"model.encoder.{key}"]) for key, value in encoder.items())
     assert main(["knn", str(out), *data, "--neighbors", "3", "--no-baselines"]) == 0

@@ -16,8 +16,10 @@ import sslvit
 from sslvit.cli import main
 from sslvit.evaluate.scores import MeasureTable
 from sslvit.pages.page import is_page
+from sslvit.stopping import Interrupted, Preempted
 from sslvit.train import report as module
 from sslvit.train.callbacks import page as callback
+from sslvit.train.callbacks.checkpoints import Checkpoints
 from sslvit.train.folder import RunFolder
 
 
@@ -101,13 +103,50 @@ def test_hostile_names_and_values_are_no_markup(runs: Path, tmp_path: Path) -> N
     run = shutil.copytree(runs / "b", tmp_path / "<script>alert(1)</script>")
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("mae\n", "'</td><script>alert(2)</script>'\n", 1))
-    health = {"verdict": "<script>alert(3)</script>", "messages": ["<img src=x onerror=alert(4)>", 5]}
+    health = {"verdict": "<script>alert(3)</script>", "messages": [{"message": "<img src=x onerror=alert(4)>"}, 5]}
     (run / "health.json").write_text(json.dumps(health))
     text = Path(sslvit.report(run)).read_text()
     assert text.count("<script>") == 1  # our own
     assert "<img src=x" not in text
     assert "alert(2)" in text
     assert "alert(3)" in text
+    assert "alert(4)" in text
+
+
+def test_what_went_wrong_is_said_below_the_facts(shards: Path, tmp_path: Path) -> None:
+    changes = {"optim.base_lr": 1e30, "optim.warmup_epochs": 0, "train.skip_limit": 8, "train.steps": 12}
+    with pytest.raises(RuntimeError, match="were not finite"):
+        sslvit.pretrain("mae/digits", shards, tmp_path / "run", **TINY | changes)
+    page = (tmp_path / "run" / "report.html").read_text()  # although the run has failed
+    assert "<td>state</td><td>stopped</td>" in page
+    (said,) = json.loads((tmp_path / "run" / "health.json").read_text())["messages"]
+    assert html.escape(said["message"], quote=False) in page
+    step = json.loads((tmp_path / "run" / "incident" / "incident.json").read_text())["step"]
+    assert f"step {step} was not finite and was skipped; to see why: sslvit replay {tmp_path}/run/incident" in page
+
+
+@pytest.mark.parametrize(("error", "has_page"), [(Interrupted, True), (Preempted, False), (RuntimeError, True)])
+def test_a_run_that_ends_early_has_its_page_unless_time_is_short(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], has_page: bool
+) -> None:
+    def stop(*_: object) -> None:
+        raise error("stopped")
+
+    monkeypatch.setattr(Checkpoints, "on_step", stop)
+    with pytest.raises(BaseException, match="stopped"):
+        sslvit.pretrain("mae/digits", shards, tmp_path / "run", **TINY)
+    assert (tmp_path / "run" / "report.html").exists() == has_page
+
+
+def test_a_branch_says_where_it_comes_from(shards: Path, tmp_path: Path) -> None:
+    run = sslvit.pretrain("mae/digits", shards, tmp_path / "a", **TINY)
+    branch = sslvit.branch(run, tmp_path / "branch")
+    sslvit.resume(branch, **{"train.steps": 9})
+    sslvit.resume(branch, **{"train.steps": 10})
+    page = (tmp_path / "branch" / "report.html").read_text()
+    assert f"<td>branched from</td><td>{tmp_path}/a, step 7</td>" in page
+    assert "<td>resumed</td><td>2 times</td>" in page
+    assert "branched from" not in run.page.read_text()
 
 
 def test_what_is_no_run_or_no_page_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

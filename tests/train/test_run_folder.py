@@ -586,7 +586,7 @@ def test_a_full_disk_names_the_file_that_it_did_not_take(
 
 
 def test_the_settings_name_each_process_that_ran(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["sslvit", "pretrain", "--config", "mae/digits"])
+    monkeypatch.setattr("sys.argv", ["/home/me/.venv/bin/sslvit", "pretrain", "--config", "mae/digits"])
     folder = run(shards, tmp_path / "run")
     (made,) = yaml.safe_load(folder.config.read_text())["made_by"]
     assert made["command"] == "sslvit pretrain --config mae/digits"

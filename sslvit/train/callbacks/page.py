@@ -6,6 +6,7 @@ import time
 
 import pytorch_lightning as pl
 
+from sslvit.stopping import Interrupted, Preempted
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback
 from sslvit.train.folder import RunFolder
@@ -16,7 +17,7 @@ MAX_FRACTION = 0.02  # of the time may be spent on writing pages
 
 
 class Page(StepCallback):
-    """Rewrites report.html every few minutes, after a line of metrics.jsonl has been written.
+    """Rewrites report.html every few minutes, after a line of metrics.jsonl has been written, and when the run fails.
 
     Args:
         folder: The run's folder.
@@ -35,3 +36,9 @@ class Page(StepCallback):
         write_own_report(self.folder)
         now = time.monotonic()
         self.due = now + max(SECONDS, (now - start) / MAX_FRACTION)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Write the page of a run that fails or is interrupted; a preempted one has no time for it."""
+        is_preempted = isinstance(exception, Preempted) and not isinstance(exception, Interrupted)
+        if trainer.is_global_zero and not is_preempted:
+            write_own_report(self.folder, state="stopped")
