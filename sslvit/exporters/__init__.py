@@ -19,7 +19,7 @@ from sslvit.exporters.destination import IN_PROGRESS, VERDICT, complete_or_remov
 from sslvit.exporters.exported import Exported, Reopened, with_outputs
 from sslvit.exporters.hub import hub_license
 from sslvit.files import to_json
-from sslvit.models import require_transformer
+from sslvit.models import Backbone
 from sslvit.plugins import find_plugin
 from sslvit.progress import quiet_libraries, track
 from sslvit.results import Result
@@ -153,7 +153,13 @@ def export_encoder(
         raise ValueError(f"--size {size}: not one of fixed, dynamic.")
     destination.check(out, overwrite)
     known_scores(source, files)
-    encoder = require_transformer(load_encoder(source, weights=weights, **overrides), f"--format {kind}")
+    encoder = load_encoder(source, weights=weights, **overrides)
+    if isinstance(encoder, Backbone):
+        raise ValueError(
+            f"--format {kind}: takes a vision transformer of sslvit, and this is {encoder.name}. In Python, "
+            f"torch.save(sslvit.load_encoder({str(source)!r}).net.state_dict(), FILE) saves its weights with the "
+            "names of its library."
+        )
     exported = with_outputs(encoder, source, outputs, weights)
     known_scores(source, files, exported.encoder)
     is_fixed = exporter.check(exported, size)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+import torchvision
 from run_fixtures import same, weights
 from shard_fixtures import labeled_shards
 from torch import nn
@@ -83,6 +84,11 @@ def test_a_cnn_is_trained_with_labels_by_its_name_and_its_folder_opens_by_it(cap
     encoder, trained = sslvit.load_encoder(out).state_dict(), weights(run)
     assert all(torch.equal(value, trained[f"model.encoder.{key}"]) for key, value in encoder.items())
     assert main(["knn", str(out), *data, "--neighbors", "3", "--no-baselines"]) == 0
+    assert main(["export", str(out), str(tmp_path / "export"), "--format", "onnx"]) == 1
+    assert f"torch.save(sslvit.load_encoder({str(out)!r}).net.state_dict(), FILE)" in capsys.readouterr().err
+    plain = torchvision.models.get_model(CNN.removeprefix("torchvision:"))
+    found = plain.load_state_dict(sslvit.load_encoder(out).net.state_dict(), strict=False)
+    assert found == (["fc.weight", "fc.bias"], [])
 
 
 def test_a_cnn_trained_from_scratch_is_better_than_chance(shards, tmp_path) -> None:
