@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
+from sslvit.files import counted
 from sslvit.settings.run import TrainSettings
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,57 @@ class RunPlan:
             raise ValueError("train.epochs: still null. Call TrainSettings.fitted first.")
         steps = train.steps or max(1, round((train.epochs or 0) * steps_per_epoch))
         return cls(steps, steps_per_epoch, global_batch_size, micro, train.ranks, seed)
+
+    def check_trainer(self, trainer: pl.Trainer) -> None:
+        """Refuse a Trainer that would take other steps than this plan, or change what a task decides in each step.
+
+        Raises:
+            ValueError: Its accumulation, number of processes, gradient clipping, precision, learning rate or length
+                differ.
+        """
+        from pytorch_lightning.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+
+        passes = counted(self.accumulation_steps, "pass")
+        if trainer.accumulate_grad_batches != self.accumulation_steps:
+            raise ValueError(
+                f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): the run plan says {passes} of "
+                f"{counted(self.images_per_pass, 'image')} for a global batch of {self.global_batch_size} on "
+                f"{counted(self.ranks, 'rank')}. Set accumulate_grad_batches={self.accumulation_steps}."
+            )
+        if trainer.world_size != self.ranks:
+            raise ValueError(
+                f"Trainer: {counted(trainer.world_size, 'process')}, but the run plan says {self.ranks}. Make "
+                f"RunPlan with ranks={trainer.world_size}."
+            )
+        if trainer.gradient_clip_val is not None:
+            raise ValueError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): the task clips by its own settings. Set "
+                "OptimSettings.clip_grad instead."
+            )
+        if trainer.precision in ("16-mixed", "16-true"):  # gradients would be clipped at the scale of the loss
+            raise ValueError(
+                f'Trainer(precision="{trainer.precision}"): tasks do not scale their loss. Set precision="bf16-mixed" '
+                'or "32-true".'
+            )
+        for callback in cast(Any, trainer).callbacks:
+            if isinstance(callback, StochasticWeightAveraging):
+                raise ValueError(
+                    "StochasticWeightAveraging: the task sets the learning rate of every step, so swa_lrs would have "
+                    "no effect. Use WeightAveraging, which averages weights alone."
+                )
+            scheduled = callback.scheduling if isinstance(callback, GradientAccumulationScheduler) else {}
+            if set(scheduled.values()) - {self.accumulation_steps}:
+                raise ValueError(
+                    f"GradientAccumulationScheduler({scheduled}): the run plan has one global batch for all epochs, in "
+                    f"{passes}. Leave the callback out."
+                )
+        epochs = trainer.max_epochs or -1
+        steps = trainer.max_steps if trainer.max_steps > 0 else epochs * self.steps_per_epoch
+        if steps > self.total_steps or steps < 0:
+            raise ValueError(
+                f"Trainer: {steps if steps > 0 else 'no limit of'} steps, but the schedules end after "
+                f"{self.total_steps} (RunPlan.total_steps). Set max_steps={self.total_steps}, or plan for more."
+            )
 
     @property
     def images_per_rank(self) -> int:

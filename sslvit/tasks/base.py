@@ -240,34 +240,10 @@ class Task(pl.LightningModule):
         """Refuse a Trainer that disagrees with the run plan; on a CPU, keep freed memory for the next step.
 
         Raises:
-            ValueError: Its accumulation, number of processes, gradient clipping or length differ.
+            ValueError: As in `RunPlan.check_trainer`.
         """
-        trainer, run = self.trainer, self.run
-        if trainer.accumulate_grad_batches != run.accumulation_steps:
-            raise ValueError(
-                f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): the run plan says "
-                f"{counted(run.accumulation_steps, 'pass')} of {counted(run.images_per_pass, 'image')} for a global "
-                f"batch of {run.global_batch_size} on {counted(run.ranks, 'rank')}. Set "
-                f"accumulate_grad_batches={run.accumulation_steps}."
-            )
-        if trainer.world_size != run.ranks:
-            raise ValueError(
-                f"Trainer: {counted(trainer.world_size, 'process')}, but the run plan says {run.ranks}. Make "
-                f"RunPlan with ranks={trainer.world_size}."
-            )
-        if trainer.gradient_clip_val is not None:
-            raise ValueError(
-                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): the task clips by its own settings. Set "
-                "OptimSettings.clip_grad instead."
-            )
-        epochs = trainer.max_epochs or -1
-        steps = trainer.max_steps if trainer.max_steps > 0 else epochs * run.steps_per_epoch
-        if steps > run.total_steps or steps < 0:
-            raise ValueError(
-                f"Trainer: {steps if steps > 0 else 'no limit of'} steps, but the schedules end after "
-                f"{run.total_steps} (RunPlan.total_steps). Set max_steps={run.total_steps}, or plan for more."
-            )
-        if trainer.strategy.root_device.type == "cpu":
+        self.run.check_trainer(self.trainer)
+        if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

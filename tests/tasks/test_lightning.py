@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from shard_fixtures import two_classes
 from torch.utils.data import DataLoader, TensorDataset
@@ -235,11 +241,22 @@ def test_validation_loss_is_the_same_every_time_and_moves_nothing(shards: Path, 
         ({"max_epochs": 3}, r"6 steps, but the schedules end after 4.*max_steps=4"),
         ({"max_epochs": -1}, r"Trainer: no limit of steps, .*max_steps=4"),
         ({"gradient_clip_val": 1.0}, r"gradient_clip_val=1.0.*OptimSettings.clip_grad"),
+        ({"callbacks": [StochasticWeightAveraging(1e-3)]}, "swa_lrs would have no effect. Use WeightAveraging"),
+        (
+            {"callbacks": [GradientAccumulationScheduler({1: 2})]},
+            r"Scheduler.{1: 2, 0: 1}.*in 1 pass. Leave the callback",
+        ),
     ],
 )
 def test_a_trainer_that_takes_other_steps_is_refused(options: dict, said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
         quiet_trainer(tmp_path, **options).fit(mae(), loader())
+
+
+def test_a_scaled_loss_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pl.Trainer, "precision", "16-mixed")  # Lightning takes bf16 in its place on a CPU
+    with pytest.raises(ValueError, match=r'precision="16-mixed".*Set precision="bf16-mixed" or "32-true"'):
+        quiet_trainer(tmp_path).fit(mae(), loader())
 
 
 def test_other_ranks_than_planned_are_refused(tmp_path: Path) -> None:
