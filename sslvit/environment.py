@@ -95,9 +95,8 @@ def describe_process() -> dict[str, Any]:
 def typed_command() -> str:
     """The command line of this process, with sslvit by its name and not by the path of its program."""
     program, *words = sys.argv
-    path = Path(program)
-    is_module = path.parent.name == "sslvit" and path.suffix == ".py"
-    start = ["sslvit"] if is_module or path.name == "sslvit" else [program]
+    is_module = Path(program).resolve().parent == Path(sslvit.__file__).resolve().parent  # python -m sslvit
+    start = ["sslvit"] if is_module or Path(program).name == "sslvit" else [program]
     return shlex.join([*start, *words])
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import sslvit
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
-from sslvit.environment import limited_steps, require_packages
+from sslvit.environment import limited_steps, require_packages, typed_command
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 
@@ -58,6 +59,20 @@ def test_a_package_that_is_too_old_is_refused_with_the_version_that_is_needed(mo
     said = f"--format timm: needs timm>={least}, but 1.0.9 is installed. Run: pip install --upgrade 'sslvit[timm]'"
     with pytest.raises(ImportError, match=re.escape(said)):
         require_packages("--format timm", "sslvit[timm]", "timm")
+
+
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [
+        ("/home/me/.venv/bin/sslvit", "sslvit"),
+        (str(Path(sslvit.__file__).parent / "__main__.py"), "sslvit"),
+        (str(Path(sslvit.__file__).parent / "cli.py"), "sslvit"),
+        ("/home/me/sslvit/train.py", "/home/me/sslvit/train.py"),  # a script of somebody's own
+    ],
+)
+def test_a_command_is_recorded_as_it_was_typed(program: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "pretrain", "--out", "my runs"])
+    assert typed_command() == f"{name} pretrain --out 'my runs'"
 
 
 def test_an_environment_variable_shortens_runs_and_heads_and_says_so(
