@@ -56,9 +56,10 @@ def run_sample(options: SampleOptions) -> None:
         if not Path(options.run).is_dir():
             raise ValueError(f"{options.run}: not a run folder, so say where the picture goes: -o FILE.png")
         out = Path(options.run) / "figures" / ("completions.png" if options.complete else "samples.png")
-    if not options.output:
-        out.parent.mkdir(exist_ok=True)
-    check_new_picture(out)
+    if out.parent.exists() or options.output:
+        check_new_picture(out)
+    else:
+        check_new(out.parent)  # which will be made
     if not options.complete and (options.draws, options.given) != (None, None):
         raise ValueError("--draws and --given are for --complete IMAGES.")
     from sslvit.pixel_models import sample
