@@ -13,6 +13,7 @@ from sslvit.settings import EncoderSettings
 from sslvit.settings.choices import Arg
 from sslvit.settings.data import one_source
 from sslvit.settings.load import check_changes, load_recipe, takes_init
+from sslvit.stopping import is_first_process
 
 if TYPE_CHECKING:
     from sslvit.train.folder import RunFolder
@@ -90,9 +91,8 @@ def run_pretrain(options: PretrainOptions) -> None:
 
 def report_run(options: Reported, folder: RunFolder) -> None:
     """Print the scores of a fine-tuning run; with --json, the content of any run folder."""
-    from sslvit.ranks import is_first_rank
-
-    if is_first_rank() and (options.json or folder.scores.exists()):
+    # the process group of a run is gone here, so only the environment tells that this process is not the first
+    if is_first_process() and (options.json or folder.scores.exists()):
         report(options, folder.scores_in_words() if folder.scores.exists() else "", folder.to_dict())
 
 

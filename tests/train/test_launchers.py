@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import torch
 from run_fixtures import command, run, run_ranks, same
 
 from sslvit.api import resume
+from sslvit.commands.options import Resumable
+from sslvit.commands.training import report_run
 from sslvit.settings import TrainSettings
 from sslvit.train.folder import RunFolder
 from sslvit.train.hardware import resolve_processes
@@ -90,6 +93,20 @@ def test_torchrun_trains_one_run_on_its_processes_and_the_first_speaks(shards: P
     assert "2 x cpu" in lines[0]
     assert "drawing figures" in lines
     assert len(lines) == len(set(lines))
+
+
+@pytest.mark.parametrize("rank", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_the_result_of_a_run_on_several_processes_is_printed_once(
+    shards: Path, tmp_path: Path, env: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, rank: str
+) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.steps": 1})
+    capsys.readouterr()
+    options = Resumable(json=True)
+    report_run(options, folder)
+    assert json.loads(capsys.readouterr().out)["path"] == str(folder.path)
+    env.setenv(rank, "1")  # the other process, which has left the run's process group, too
+    report_run(options, folder)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.slow
