@@ -72,10 +72,13 @@ class Backbone(nn.Module):
         Raises:
             ValueError: The output of a stage is not a feature map.
         """
-        found: dict[int, Tensor] = {}
+        found: dict[int, Any] = {}
 
         def keep(number: int) -> Any:
-            return lambda module, inputs, output: found.update({number: output.clone()})  # later layers may be in-place
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                found[number] = output.clone() if isinstance(output, Tensor) else output  # later layers may be in-place
+
+            return hook
 
         hooks = [self.net.get_submodule(self.stages[one - 1]).register_forward_hook(keep(one)) for one in numbers]
         try:
@@ -83,7 +86,8 @@ class Backbone(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        for number, output in found.items():
+        for number in numbers:
+            output = found.get(number)  # None if the forward pass does without calling the module
             if not isinstance(output, Tensor) or output.ndim != 4:
                 raise ValueError(f"--layer {number}: {self.stages[number - 1]} gives no feature maps 'b c h w'.")
         return vectors, found

@@ -147,7 +147,7 @@ def stages_of(net: nn.Module) -> list[str]:
         return RESNET_STAGES
     if isinstance(trunk := getattr(net, "trunk_output", None), nn.Module):
         return [f"trunk_output.{name}" for name, _ in trunk.named_children()]
-    told, known = getattr(net, "feature_info", []), {name for name, _ in net.named_modules()}
+    told, known = getattr(net, "feature_info", []), {name for name, _ in net.named_modules() if name}
     if getattr(net, "output_fmt", "NCHW") != "NCHW" or not isinstance(told, list):
         return []
     return [one["module"] for one in told if isinstance(one, dict) and one.get("module") in known]

@@ -217,6 +217,38 @@ def test_a_probe_of_the_middle_layer_needs_stages(shards) -> None:
         sslvit.probe(own(Tiny()), shards / "train", shards / "val", protocol="igpt", neighbors=[], device="cpu")
 
 
+class Branches(nn.Module):
+    """Stages as some networks of timm have them: the whole network, a list of maps, and one that is never called."""
+
+    feature_info = [{"module": ""}, {"module": "pair"}, {"module": "unused"}]  # noqa: RUF012 timm's attribute
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.unused = Pair(), nn.Conv2d(3, 8, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.pair(images)[0].mean((2, 3))
+
+
+class Pair(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(3, 8, 3)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [super().forward(images), images]
+
+
+@pytest.mark.parametrize(("layer", "name"), [(1, "pair"), (2, "unused")])
+def test_a_stage_without_a_feature_map_is_refused(layer: int, name: str) -> None:
+    """As in timm's CrossViT, HRNet and CoaT."""
+    with pytest.raises(ValueError, match=f"--layer {layer}: {name} gives no feature maps"):
+        frozen(own(Branches())).features_at(torch.zeros(1, 3, 8, 8), [(layer, "mean")])
+
+
+def test_a_network_as_a_whole_is_none_of_its_stages() -> None:
+    assert own(Branches()).stages == ["pair", "unused"]
+
+
 def test_weights_with_a_tag_are_read_from_torchs_cache(tmp_path, weights, monkeypatch) -> None:
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(weights.read_bytes())
