@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -40,8 +41,11 @@ def settings_from(content: object, source: str | Path) -> EncoderSettings:
 
 def load_strict(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Load weights that must match exactly; the error lists missing, unexpected and wrongly shaped parameters."""
-    _compare_shapes(module.state_dict(), weights, source)
-    module.load_state_dict(weights)
+    expected: Any = module.state_dict()
+    _compare_shapes(expected, weights, source)
+    state: Any = OrderedDict(weights)
+    state._metadata = expected._metadata  # versions of modules, which files may lack and torchvision's MNASNet asks for
+    module.load_state_dict(state)
 
 
 def check_fits(settings: EncoderSettings, weights: dict[str, Any], source: str) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.models import get_model
 
 import sslvit
-from sslvit.checkpoint import fingerprint, load_encoder
+from sslvit.checkpoint import fingerprint, load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.loader import center_view, evaluation_loader, normalized_view
 from sslvit.data.open import open_shards
@@ -281,6 +281,13 @@ def test_a_cached_file_that_would_run_code_is_refused(tmp_path, monkeypatch) -> 
     with pytest.raises(ValueError, match="could run code"):
         load_encoder(f"{RESNET}@IMAGENET1K_V1")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_network_whose_code_asks_for_its_version_is_saved_and_loaded(tmp_path) -> None:
+    encoder = load_encoder("torchvision:mnasnet0_5", image_size=32)
+    loaded = load_encoder(save_encoder(encoder, tmp_path / "encoder"))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(encoder(images), loaded(images))
 
 
 def test_a_network_of_timms_that_is_no_plain_transformer_is_a_backbone(tmp_path) -> None:
