@@ -116,8 +116,9 @@ class WrittenOutAttention(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         """Attention outputs 'b heads t e' for a query, key and value of that shape."""
-        chunks = _in_chunks(query, key, value)
-        mixed = torch.cat([_weights(query * scale, key, bias) @ value for query, key, value in chunks])
+        mixed = torch.empty_like(query)
+        for query_chunk, key_chunk, value_chunk, mixed_chunk in in_chunks(query, key, value, mixed):
+            mixed_chunk.copy_(WrittenOutAttention.mixed(query_chunk, key_chunk, value_chunk, bias, scale))
         context.save_for_backward(query, key, value, bias, mixed)
         context.scale = scale
         return mixed
@@ -126,17 +127,23 @@ class WrittenOutAttention(torch.autograd.Function):
     def backward(context: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Gradients of query, key and value."""
         *saved, bias, mixed = context.saved_tensors
-        gradients = []
-        for query, key, value, mixed_chunk, grad_chunk in _in_chunks(*saved, mixed, grad):
-            found = WrittenOutAttention._gradients(query, key, value, mixed_chunk, grad_chunk, bias, context.scale)
-            gradients.append(found)
-        of_query, of_key, of_value = (torch.cat(chunks) for chunks in zip(*gradients, strict=True))
-        return of_query, of_key, of_value, None, None
+        gradients = [torch.empty_like(one) for one in saved]
+        for query, key, value, mixed_chunk, grad_chunk, *chunks in in_chunks(*saved, mixed, grad, *gradients):
+            found = WrittenOutAttention.gradients(query, key, value, mixed_chunk, grad_chunk, bias, context.scale)
+            for chunk, one in zip(chunks, found, strict=True):
+                chunk.copy_(one)
+        return *gradients, None, None
 
     @staticmethod
-    def _gradients(
+    def mixed(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """Outputs of one chunk."""
+        return _weights(query * scale, key, bias) @ value
+
+    @staticmethod
+    def gradients(
         query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, grad: Tensor, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value of one chunk."""
         query = query * scale
         weights = _weights(query, key, bias)
         of_value = weights.mT @ grad
@@ -144,11 +151,12 @@ class WrittenOutAttention(torch.autograd.Function):
         return (of_scores @ key).mul_(scale), of_scores.mT @ query, of_value
 
 
-def _in_chunks(query: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def in_chunks(query: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split tensors 'b heads t e' into chunks of as many images as WEIGHTS_AT_ONCE allows."""
     _, heads, length, _ = query.shape
     images = max(WEIGHTS_AT_ONCE // (heads * length**2 * query.element_size()), 1)
-    return zip(*(one.split(images) for one in (query, *others)), strict=True)
+    for first in range(0, len(query), images):
+        yield tuple(one[first : first + images] for one in (query, *others))
 
 
 def _weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Float[Tensor, "b heads t t"]:
@@ -175,6 +183,8 @@ class Attention(nn.Module):
     `causal`: a token attends only to itself and earlier tokens. `locality`: a token does not attend to itself, and
     each head learns its temperature (Lee et al. 2021, section 3.2).
     """
+
+    written_out: Any = WrittenOutAttention
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
@@ -209,7 +219,7 @@ class Attention(nn.Module):
                 mixed = self.scores(query, key, layout).softmax(-1).to(value.dtype) @ value
             else:  # the weights are larger than queries, keys and values together
                 bias = self.score_bias(query, layout)
-                mixed = WrittenOutAttention.apply(query, key, value, bias, query.shape[3] ** -0.5)
+                mixed = self.written_out.apply(query, key, value, bias, query.shape[3] ** -0.5)
         elif self.locality or self.rel_pos is not None:
             bias = self.score_bias(query, layout)
             mixed = F.scaled_dot_product_attention(query * self.scale.to(query.dtype), key, value, bias, scale=1.0)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit.data.batch import Batch
 from sslvit.data.views import view_sizes
+from sslvit.models.transformer import Attention, WrittenOutAttention, in_chunks
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
 from sslvit.tasks import make_task
@@ -90,7 +91,7 @@ class FakeStep:
         if key in self.peaks:
             return self.peaks[key]
         known = [*self.task.parameters(), *self.task.buffers()]
-        with self._faked(), FusedKernels() if self.on_gpu else nullcontext():
+        with self._faked(), FusedKernels() if self.on_gpu else one_chunk(self.task):
             if has_gradients:
                 for parameter in self.task.parameters():
                     if parameter.requires_grad:
@@ -175,6 +176,19 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.alive.pop(key)
 
 
+@contextmanager
+def one_chunk(task: nn.Module) -> Iterator[None]:
+    """While active, attention that is written out computes one chunk of a batch: the others would take its place."""
+    attentions = [module for module in task.modules() if isinstance(module, Attention)]
+    for attention in attentions:
+        attention.written_out = _OneChunk
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            del attention.written_out
+
+
 class FusedKernels(TorchFunctionMode):
     """While active, attention and norms keep the same tensors as a GPU's kernels; their results are meaningless."""
 
@@ -199,6 +213,25 @@ def _attention(
 
 def _rms_norm(tokens: Tensor, shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
     return _RMSNorm.apply(tokens, weight)
+
+
+class _OneChunk(torch.autograd.Function):
+    """`WrittenOutAttention` of the first chunk, with room for the results of all."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        mixed = torch.empty_like(query)
+        WrittenOutAttention.mixed(*next(in_chunks(query, key, value)), bias, scale)
+        ctx.save_for_backward(query, key, value, bias, mixed)
+        ctx.scale = scale
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        *saved, bias, mixed = ctx.saved_tensors
+        gradients = [torch.empty_like(one) for one in saved]
+        WrittenOutAttention.gradients(*next(in_chunks(*saved, mixed, grad)), bias, ctx.scale)
+        return *gradients, None, None
 
 
 class _Attention(torch.autograd.Function):

@@ -19,11 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit.cli import main
+from sslvit.models import transformer
 from sslvit.run_plan import RunPlan
-from sslvit.settings import RunSettings
+from sslvit.settings import EncoderSettings, RunSettings
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
-from sslvit.train.fake_step import FEW, example
+from sslvit.train.fake_step import FEW, LiveBytes, example, one_chunk
 from sslvit.train.fitting import duration
 from sslvit.train.forecast import Forecast, forecast, plan_step
 from sslvit.train.strategies import make_strategy
@@ -60,6 +61,41 @@ def test_flops_parameters_and_memory_are_those_of_a_real_step(recipe: str, preci
     assert found.peak == pytest.approx(peak, rel=0.05)
     assert found.trained == sum(p.numel() for p in task.parameters() if p.requires_grad)
     assert found.encoder == sum(p.numel() for p in task.trained_encoder.parameters())
+
+
+def test_of_a_batch_in_chunks_one_is_computed_and_the_memory_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, sizes = transformer.Attention(EncoderSettings(width=48, heads=12)), []
+    monkeypatch.setattr(transformer, "WEIGHTS_AT_ONCE", 1)  # one image at a time
+    weights = transformer._weights
+    monkeypatch.setattr(transformer, "_weights", lambda query, *rest: sizes.append(len(query)) or weights(query, *rest))
+
+    def peak() -> int:
+        tokens = torch.zeros(32, 17, 48, requires_grad=True)
+        with LiveBytes([tokens, *attention.parameters()]) as live, torch.autocast("cpu", torch.bfloat16):
+            attention(tokens).float().sum().backward()
+        attention.zero_grad()
+        return live.peak
+
+    of_all = peak()
+    assert sizes == [1] * 2 * 32  # forward and backward
+    sizes.clear()
+    with one_chunk(attention):
+        assert peak() == pytest.approx(of_all, rel=0.02)  # but for the results of the chunk before
+    assert sizes == [1] * 2
+
+
+def test_a_forecast_for_a_cpu_computes_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"encoder.width": 48, "encoder.heads": 12, "encoder.image_size": 28, "train.precision": "bf16"}
+    settings, sizes = load_recipe("mae/digits", RECIPES["mae/digits"] | changes | {"data.global_batch_size": 32}), []
+    monkeypatch.setattr(transformer, "WEIGHTS_AT_ONCE", 1)
+    weights = transformer._weights
+    monkeypatch.setattr(transformer, "_weights", lambda query, *rest: sizes.append(len(query)) or weights(query, *rest))
+    step = plan_step(settings, 100)
+    step.peak(32, 1)
+    few = len(sizes)
+    step.peak(16, 1)
+    assert set(sizes) == {1}
+    assert len(sizes) == 2 * few
 
 
 @pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits", "igpt/digits"])
@@ -262,7 +298,6 @@ import gc, resource, sys, torch
 from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
-from sslvit.train import fake_step
 from sslvit.train.forecast import forecast, plan_step
 
 torch.set_num_threads(1)
