@@ -10,8 +10,9 @@ from sslvit.data.labels import brief_names, sorted_names
 from sslvit.data.open import check_present, open_shards
 from sslvit.data.overlap import check_same_data, check_same_source
 from sslvit.data.sources import ImageSource
-from sslvit.files import brief, printable
+from sslvit.files import brief, counted, printable
 from sslvit.settings import ProbeSettings
+from sslvit.settings.protocols import DINOv2ProbeSettings
 
 
 def open_labeled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:
@@ -73,7 +74,7 @@ def check_same_classes(train: ShardIndex, classes: list[str] | None, location: s
 
 
 def check_counts(classes: list[str], labels: np.ndarray, settings: ProbeSettings) -> None:
-    """Refuse training images of one class, and more neighbors or labels than there are training images.
+    """Refuse training images of one class, more neighbors or labels than there are, and classes held out as a whole.
 
     Args:
         classes: Class names.
@@ -98,4 +99,11 @@ def check_counts(classes: list[str], labels: np.ndarray, settings: ProbeSettings
         raise ValueError(
             f"--labels-percent {settings.labels_percent:g}: of class {brief(smallest)} ({counts.min()} training "
             "images) none would be drawn. Give a larger percentage, or --labels-per-class."
+        )
+    protocol, fewest = settings.protocol, int(counts[counts > 0].min())
+    if isinstance(protocol, DINOv2ProbeSettings) and protocol.held_out_of(fewest) >= fewest:
+        images = f"class {brief(classes[counts.tolist().index(fewest)])} ({counted(fewest, 'training image')})"
+        raise ValueError(
+            f"--protocol.held_out {protocol.held_out:g}: of {images} none would be left to fit on. Give more images "
+            "of it, a smaller fraction, or another protocol."
         )

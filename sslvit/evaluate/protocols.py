@@ -219,7 +219,7 @@ def _dinov2(
     center = context.features(context.train, order, protocol.fraction)
     is_held_out = None
     if is_first_rank():
-        is_held_out = sample_held_out(center.labels, protocol.held_out, seed)
+        is_held_out = sample_held_out(center.labels, protocol, seed)
         kept = center.labels[~is_held_out].unique()
         if len(kept) < len(center.labels.unique()):
             raise ValueError(f"--protocol.held_out {protocol.held_out:g}: leaves no image of some class to fit on.")
@@ -323,11 +323,11 @@ def track_steps(
             counter.note = f"pass {min((step + 1) // per_epoch + 1, passes):,} of {passes:,}"
 
 
-def sample_held_out(labels: Int[Tensor, "n"], fraction: float, seed: int) -> Bool[Tensor, "n"]:
-    """True for a random fraction of each class."""
+def sample_held_out(labels: Int[Tensor, "n"], protocol: DINOv2ProbeSettings, seed: int) -> Bool[Tensor, "n"]:
+    """True for the images, drawn at random from each class, that the protocol holds out."""
     is_held_out = torch.zeros(len(labels), dtype=torch.bool)
     for _, members in shuffled_classes(labels, seed, "held out"):
-        is_held_out[members[: max(1, round(fraction * len(members)))]] = True
+        is_held_out[members[: protocol.held_out_of(len(members))]] = True
     return is_held_out
 
 

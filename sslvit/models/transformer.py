@@ -132,7 +132,8 @@ class WrittenOutAttention(torch.autograd.Function):
             found = WrittenOutAttention.gradients(query, key, value, mixed_chunk, grad_chunk, bias, context.scale)
             for chunk, one in zip(chunks, found, strict=True):
                 chunk.copy_(one)
-        return *gradients, None, None
+        of_query, of_key, of_value = gradients
+        return of_query, of_key, of_value, None, None
 
     @staticmethod
     def mixed(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:

@@ -153,6 +153,10 @@ class DINOv2ProbeSettings(SGDProbeSettings):
         if self.iterations < 1 or not 0 < self.held_out < 1:
             raise ValueError("--protocol.iterations must be 1 or more, and --protocol.held_out in (0, 1).")
 
+    def held_out_of(self, images: int) -> int:
+        """Number of images that are held out of a class of so many; at least one."""
+        return max(1, round(self.held_out * images))
+
     def steps(self, per_epoch: int) -> int:
         """Number of steps in total, which does not depend on `per_epoch`."""
         return self.iterations

@@ -221,16 +221,18 @@ class _OneChunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         mixed = torch.empty_like(query)
-        WrittenOutAttention.mixed(*next(in_chunks(query, key, value)), bias, scale)
         ctx.save_for_backward(query, key, value, bias, mixed)
         ctx.scale = scale
+        query, key, value = next(in_chunks(query, key, value))
+        WrittenOutAttention.mixed(query, key, value, bias, scale)
         return mixed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         *saved, bias, mixed = ctx.saved_tensors
         gradients = [torch.empty_like(one) for one in saved]
-        WrittenOutAttention.gradients(*next(in_chunks(*saved, mixed, grad)), bias, ctx.scale)
+        query, key, value, mixed, grad = next(in_chunks(*saved, mixed, grad))
+        WrittenOutAttention.gradients(query, key, value, mixed, grad, bias, ctx.scale)
         return *gradients, None, None
 
 

@@ -18,13 +18,15 @@ from run_fixtures import read_protocol
 from sslvit import progress
 from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
-from sslvit.evaluate import protocols
+from sslvit.evaluate import labeled, protocols
+from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.probe import PAPER_RULE, probe
 from sslvit.evaluate.sgd_probe import BatchNormHead, HeadGrid, fit_batch_norm_head, iterate_batches
 from sslvit.evaluate.sources import Features, FrozenEncoder, RawPixels
 from sslvit.models import ViTEncoder
 from sslvit.optim.lars import LARS
 from sslvit.settings import EncoderSettings, ProbeSettings
+from sslvit.settings.protocols import DINOv2ProbeSettings
 
 
 @looks_at("lars", "*")
@@ -375,10 +377,10 @@ def test_a_protocols_momentum_reaches_its_optimizer(shards: Path, name: str, mon
 
 def test_images_are_held_out_of_every_class_one_at_least() -> None:
     labels = torch.tensor([0] * 100 + [1] * 3 + [2] * 15)
-    is_held = protocols.sample_held_out(labels, 0.1, seed=0)
+    is_held = protocols.sample_held_out(labels, DINOv2ProbeSettings(), seed=0)
     assert [int(is_held[labels == label].sum()) for label in range(3)] == [10, 1, 2]
-    assert torch.equal(is_held, protocols.sample_held_out(labels, 0.1, seed=0))
-    assert not torch.equal(is_held, protocols.sample_held_out(labels, 0.1, seed=1))
+    assert torch.equal(is_held, protocols.sample_held_out(labels, DINOv2ProbeSettings(), seed=0))
+    assert not torch.equal(is_held, protocols.sample_held_out(labels, DINOv2ProbeSettings(), seed=1))
 
 
 def test_maes_probe_reads_the_class_token_and_warms_up(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,10 +444,24 @@ def test_features_that_are_not_finite_are_named(shards: Path) -> None:
         probe({"mine": broken}, settings_of(shards, "logreg"))
 
 
-def test_a_held_out_part_that_leaves_nothing_is_refused(shards: Path) -> None:
+def test_a_held_out_part_that_leaves_nothing_is_refused(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(shards, "dinov2", **{"protocol.held_out": 0.9999})
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractor, "features", lambda *rest: pytest.fail("a pass was made first"))
+        message = r"--protocol.held_out 0.9999: of class \S+ \(\d+ training images\) none would be left to fit on"
+        with pytest.raises(ValueError, match=message):
+            probe({"mine": encoder()}, settings)
+    # some images are only found to be unreadable in the pass
+    monkeypatch.setattr(labeled, "check_counts", lambda *rest: None)
     with pytest.raises(ValueError, match="--protocol.held_out 0.9999: leaves no image of some class"):
         probe({"mine": encoder()}, settings)
+
+
+def test_the_only_image_of_a_class_cannot_be_held_out() -> None:
+    settings = ProbeSettings(train="a", val="b", neighbors=[], protocol=DINOv2ProbeSettings())
+    labeled.check_counts(["cat", "dog", "none"], np.array([0] * 20 + [1] * 2), settings)
+    with pytest.raises(ValueError, match=r"of class '?dog'? \(1 training image\) none would be left to fit on"):
+        labeled.check_counts(["cat", "dog", "none"], np.array([0] * 20 + [1]), settings)
 
 
 def test_a_long_protocol_says_so_before_and_which_option_makes_it_short(

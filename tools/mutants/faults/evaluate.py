@@ -102,6 +102,8 @@ FAULTS = [
     fault("DINOv2's heads are fitted on the held-out images too", "protocols.py",
           "run = _SGDRun.plan(context, protocol, order, is_held_out, seed)",
           "run = _SGDRun.plan(context, protocol, order, None, seed)", "test_protocols.py"),
+    fault("A class that is held out as a whole is found after the passes only", "labeled.py",
+          ">= fewest:", "> len(labels):", "test_protocols.py"),
     fault("A protocol's fraction is ignored", "protocols.py",
           "val = context.features(context.val, readouts, protocol.fraction)\n    run = _SGDRun.plan("
           "context, protocol, readouts, None, seed)\n    if run is None:\n        return None\n    peak",
