@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -156,6 +157,10 @@ class Source(ABC):
             ValueError: the source has fewer blocks, or no such pooling.
         """
 
+    def largest_activation(self, height: int, width: int) -> int:
+        """About how many numbers the largest activation of an image has: 64 channels at half its sides, as of CNNs."""
+        return 16 * height * width
+
     @abstractmethod
     def features_at(self, images: Tensor, readouts: Sequence[Readout]) -> list[Tensor]:
         """One vector per image 'b d' at each readout, in one pass."""
@@ -192,6 +197,10 @@ class FrozenEncoder(Source):
         if pooling == "class+mean":
             return [*((number, "class") for number in numbers), (layer, "mean")]
         return [(number, pooling) for number in numbers]
+
+    def largest_activation(self, height: int, width: int) -> int:
+        """That of the hidden layer of a block's MLP."""
+        return math.prod(self.settings.grid_of(height, width)) * self.settings.mlp_width
 
     def features_at(self, images: Tensor, readouts: Sequence[Readout]) -> list[Tensor]:
         """See `Source.features_at`."""

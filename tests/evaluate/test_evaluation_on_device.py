@@ -129,6 +129,40 @@ def test_a_pass_waits_for_no_batch(shards: Path, fake_cuda: Whereabouts) -> None
     assert torch.equal(found.samples, torch.arange(21))
 
 
+def test_a_pass_on_a_cpu_takes_a_batch_in_pieces_and_on_a_gpu_at_once(
+    shards: Path, fake_cuda: Whereabouts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, sizes, features_at = LabeledSet(load_index(shards / "val"), 1), [], FrozenEncoder.features_at
+
+    def record(source: FrozenEncoder, images: torch.Tensor, readouts: list) -> list[torch.Tensor]:
+        sizes.append(len(images))
+        return features_at(source, images, readouts)
+
+    def columns_of(device: str) -> dict:
+        sizes.clear()
+        source = FrozenEncoder(make().to(device))
+        return FeatureExtractor(10).run(source, data, READOUTS, features_module.center_view(source.settings)).columns
+
+    monkeypatch.setattr(FrozenEncoder, "features_at", record)
+    whole = columns_of("cpu")
+    assert sizes == [7, 7, 7]
+    monkeypatch.setattr(features_module, "CPU_ACTIVATION", 3 * 4 * 64 + 1)  # 2 x 2 patches, and an MLP of width 64
+    in_pieces = columns_of("cpu")
+    assert sizes == [3, 3, 1] * 3
+    for readout in READOUTS:
+        torch.testing.assert_close(in_pieces[readout], whole[readout])
+    columns_of(GPU)
+    assert sizes == [7, 7, 7]
+
+
+def test_one_image_is_never_too_large_for_a_pass() -> None:
+    source = FrozenEncoder(make(width=64, patch=1, image_size=256))
+    assert source.largest_activation(256, 128) == 256 * 128 * 256 > features_module.CPU_ACTIVATION
+    assert features_module.images_at_once(source, torch.empty(5, 1, 256, 256)) == 1
+    pixels = RawPixels(source.settings)
+    assert features_module.images_at_once(pixels, torch.empty(5, 1, 224, 224)) == 2
+
+
 def test_each_batch_is_read_once_the_next_one_is_under_way() -> None:
     made = []
     behind = features_module.one_behind(made.append(i) or i for i in range(3))
