@@ -178,8 +178,11 @@ def test_large_sets_are_gone_through_in_pieces(monkeypatch: pytest.MonkeyPatch) 
 
     features, strengths = clouds(), torch.tensor([1e-2, 1e-3]).double()
     whole = fit_logistic(features.values.double(), features.labels, 4, strengths, solved=1e-6)
-    monkeypatch.setattr(logistic, "MAX_LOGITS", 2 * 4 * 37)  # 37 rows at a time
+    monkeypatch.setattr(logistic, "MAX_LOGITS_ON_CPU", 2 * 4 * 37)  # 37 rows at a time
+    sizes, logits = set(), logistic.PenalizedLoss.logits
+    monkeypatch.setattr(logistic.PenalizedLoss, "logits", lambda *args: sizes.add(len(args[2])) or logits(*args))
     pieces = fit_logistic(features.values.double(), features.labels, 4, strengths, solved=1e-6)
+    assert sizes == {37, len(features) % 37}
     torch.testing.assert_close(whole[0], pieces[0], atol=1e-6, rtol=1e-5)
 
 
