@@ -59,12 +59,16 @@ class Bar:
         unit: Name of the units.
         done: Units that an earlier process has finished.
         start: When the work began, by `time.monotonic`; None for now.
+        work: How much work a number of units is, if they are not all alike.
     """
 
     shown: ClassVar[list[Bar]] = []  # outermost first
 
-    def __init__(self, what: str, total: int | None, unit: str, done: int = 0, start: float | None = None) -> None:
-        self.what, self.total, self.unit, self.first = what, total, unit, done
+    def __init__(
+        self, what: str, total: int | None, unit: str, done: int = 0, start: float | None = None,
+        work: Callable[[int], float] = float,
+    ) -> None:  # fmt: skip
+        self.what, self.total, self.unit, self.first, self.work = what, total, unit, done, work
         self.start = time.monotonic() if start is None else start
         self.width, self.drawn_at, self.is_left, self.brief = 0, 0.0, False, ""
         Bar.shown.append(self)
@@ -82,7 +86,7 @@ class Bar:
             full, empty = "#-" if is_ascii() else "\u2588\u2591"
             count = BAR_CELLS * min(done, self.total) // max(self.total, 1)
             cells = f"{full * count}{empty * (BAR_CELLS - count)} "
-            bits += time_left(self.start, now, self.first, done, self.total)
+            bits += time_left(self.start, now, self.first, done, self.total, self.work)
         around = "".join(f"{bar.brief}; " for bar in Bar.shown[:-1] if bar.brief)
         room = _columns() - 1
         line = f"{around}{self.what}: {cells}{', '.join(bits)}"[:room]
@@ -142,11 +146,13 @@ def count_in_words(done: int, total: int | None, unit: str) -> str:
     return f"{done:,} {unit}" if total is None else f"{min(done, total):,} of {total:,} {unit}"
 
 
-def time_left(start: float, now: float, first: int, done: int, total: int) -> list[str]:
+def time_left(
+    start: float, now: float, first: int, done: int, total: int, work: Callable[[int], float] = float
+) -> list[str]:
     """Remaining time at the pace so far, as a list of one text; empty if unknown."""
     if done <= first or done >= total:
         return []
-    return [f"{duration((total - done) * (now - start) / (done - first))} left"]
+    return [f"{duration((work(total) - work(done)) * (now - start) / (work(done) - work(first)))} left"]
 
 
 def duration(seconds: float) -> str:

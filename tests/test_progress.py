@@ -70,6 +70,15 @@ def test_the_innermost_bar_is_drawn_and_a_message_has_its_line(terminal: Termina
     assert Bar.shown == []
 
 
+def test_units_that_are_not_alike_count_by_their_work(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two of three units in two seconds, the last one is as much work as ten."""
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 2.0))
+    bar = Bar("training", 3, "steps", start=0.0, work=lambda units: units + 9.0 * (units == 3))
+    bar.draw(2)
+    bar.close()
+    assert "2 of 3 steps, 10 s left" in terminal.getvalue()
+
+
 def test_a_bar_that_is_left_stays_and_is_not_drawn_behind_what_follows(terminal: Terminal, monkeypatch) -> None:
     written = []
     monkeypatch.setattr(progress, "os", SimpleNamespace(write=lambda *given: written.append(given), environ=os.environ))

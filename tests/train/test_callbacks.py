@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from run_fixtures import RECIPES, run
@@ -13,8 +14,9 @@ from sslvit.data.open import open_data
 from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.train import trainer as trainer_module
-from sslvit.train.callbacks import make_callbacks
+from sslvit.train.callbacks import make_callbacks, run_log
 from sslvit.train.callbacks.ledger import Ledger
+from sslvit.train.callbacks.run_log import RunLog
 from sslvit.train.folder import RunFolder
 from sslvit.train.timing import Clock
 
@@ -43,6 +45,25 @@ def test_callbacks_are_called_in_the_order_of_their_reasons(
     data = ShardDataModule(index, settings.data, settings.encoder, plan, RunPlan(7, 3, 8))
     callbacks = make_callbacks(settings, RunFolder(tmp_path / "run"), data, Clock())
     assert [type(callback).__name__ for callback in callbacks] == BEFORE + scores + AFTER
+
+
+def test_the_time_left_is_told_by_the_work_of_growing_images(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grow = {"data.shards": str(shards), "data.resolutions": [4, 8], "data.resolution_fractions": [0.5, 0.5]}
+    settings = load_recipe("mae/digits", RECIPES["mae/digits"] | grow)
+    index, plan = open_data(settings.data, 0)
+    data = ShardDataModule(index, settings.data, settings.encoder, plan, RunPlan(8, 3, 8))
+    callbacks = make_callbacks(settings, RunFolder(tmp_path / "run"), data, Clock())
+    (log,) = (callback for callback in callbacks if isinstance(callback, RunLog))
+    assert log.work(8) > 4 * log.work(4) > 0  # four steps, then four of four times the patches
+    monkeypatch.setattr(run_log, "shows_bars", lambda: True)
+    RunFolder(tmp_path / "run").path.mkdir()
+    RunFolder(tmp_path / "run").metrics.touch()
+    log.on_train_start(SimpleNamespace(is_global_zero=True, global_step=0), SimpleNamespace())
+    assert log.bar is not None
+    assert log.bar.work is log.work
+    log.bar.close()
 
 
 def test_no_state_of_a_callback_asks_other_ranks(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

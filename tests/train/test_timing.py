@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from run_fixtures import RECIPES, metrics, run
 
 from sslvit.data.module import ShardDataModule
 from sslvit.run_plan import RunPlan
+from sslvit.settings import DataSettings, EncoderSettings, RunSettings
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.train import forecast
 from sslvit.train.callbacks.base import mean_over_ranks
-from sslvit.train.callbacks.run_log import RunLog
+from sslvit.train.callbacks.run_log import RunLog, work_of
 from sslvit.train.folder import RunFolder
 from sslvit.train.timing import MAX_TIMESTAMPS, PHASES, Clock, WaitForData
 
@@ -118,6 +120,37 @@ def test_throughput_and_share_of_the_peak_are_those_of_all_ranks(
     assert [(line["step"], line["epoch"]) for line in lines] == [(2, 0.25), (4, 0.5)]
     for line in lines:
         assert (line["time/images_per_second"], line["time/mfu"], line["train/loss"]) == (96, pytest.approx(0.096), 3)
+
+
+def test_the_time_left_counts_large_images_as_more_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nine steps of 2 x 2 patches, a second each, then one of 8 x 8, which takes 64 (6 x 8 + 64) / 4 (6 x 8 + 4)."""
+    watch = SimpleNamespace(now=0.0, perf_counter=lambda: watch.now, monotonic=lambda: watch.now)
+    monkeypatch.setattr("sslvit.train.timing.time", watch)
+    monkeypatch.setattr("sslvit.train.callbacks.run_log.time", watch)
+    (tmp_path / "metrics.jsonl").touch()
+    encoder = EncoderSettings(width=8, heads=2, image_size=8, patch=1)
+    data = DataSettings(resolutions=[2, 8], resolution_fractions=[0.9, 0.1])
+    settings, run = RunSettings(data=data, encoder=encoder), RunPlan(10, 5, 4)
+    work = work_of(settings, run)
+    assert [work(steps) for steps in (0, 4, 9, 10)] == [0, 4 * 4 * 52, 9 * 4 * 52, 9 * 4 * 52 + 64 * 112]
+    assert work_of(replace(settings, data=DataSettings(resolutions=[2, 8])), run)(7) == 7  # sampled for each step
+    assert work_of(replace(settings, data=DataSettings()), run)(7) == 7
+    log = RunLog(RunFolder(tmp_path), run, 1, Clock(), work=work)
+    strategy = SimpleNamespace(reduce=lambda value, reduce_op: value, root_device="cpu")
+    trainer = SimpleNamespace(is_global_zero=True, global_step=0, world_size=1, strategy=strategy, loggers=[])
+    log.on_train_start(trainer, SimpleNamespace(records={}))
+    log.clock.mark("start")
+    with caplog.at_level(logging.INFO):
+        for log.step in (1, 2, 3):
+            watch.now += 1
+            log.on_step(trainer, SimpleNamespace(records={}))
+    assert [line.split("  ")[-1] for line in caplog.messages] == [
+        "42 s left",
+        "41 s left",
+        "40 s left",
+    ]  # 8 + 34.5, ...
 
 
 def test_the_peak_of_all_devices_counts() -> None:

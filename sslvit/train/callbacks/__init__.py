@@ -15,7 +15,7 @@ from sslvit.train.callbacks.ledger import STEPS_BETWEEN_COUNTS, Ledger
 from sslvit.train.callbacks.page import Page
 from sslvit.train.callbacks.peers import Peers
 from sslvit.train.callbacks.preemption import Preemption
-from sslvit.train.callbacks.run_log import RunLog
+from sslvit.train.callbacks.run_log import RunLog, work_of
 from sslvit.train.callbacks.scoring import OnlineProbe, Validation
 from sslvit.train.folder import RunFolder
 from sslvit.train.forecast import mfu_per_throughput
@@ -55,7 +55,7 @@ def make_callbacks(
             folder, run, checked_every(run.total_steps, train.log_every)
         ),  # records measures for the line of metrics
         *scoring,  # record scores for the same line
-        RunLog(folder, run, train.log_every, clock, mfu),  # writes the line
+        RunLog(folder, run, train.log_every, clock, mfu, work_of(settings, run)),  # writes the line
         Page(folder, train.log_every),  # shows the line
         *others,  # may stop the run, so before the checkpoint of its last step
         Checkpoints(folder, train, run.total_steps, peers),  # after everything that a checkpoint of this step stores

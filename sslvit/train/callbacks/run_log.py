@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections.abc import Callable
+from itertools import pairwise
 
 import pytorch_lightning as pl
 import torch
 
+from sslvit.data.loader import Resolutions
 from sslvit.progress import Bar, shows_bars, time_left
 from sslvit.results import decimals
 from sslvit.run_plan import RunPlan
+from sslvit.settings import RunSettings
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback, mean_over_ranks
 from sslvit.train.folder import RunFolder, append_lines
@@ -30,14 +35,15 @@ class RunLog(StepCallback):
         every: Steps between two lines.
         clock: Measures where the time goes.
         mfu_per_throughput: Fraction of the devices' peak that one image per second uses (MFU); None if it is unknown.
+        work: How much work a number of steps is, of which the remaining time is told.
     """
 
     def __init__(
         self, folder: RunFolder, run: RunPlan, every: int, clock: Clock,
-        mfu_per_throughput: float | None = None,
+        mfu_per_throughput: float | None = None, work: Callable[[int], float] = float,
     ) -> None:  # fmt: skip
         self.folder, self.run, self.total_steps, self.every = folder, run, run.total_steps, every
-        self.clock, self.mfu_per_throughput = clock, mfu_per_throughput
+        self.clock, self.mfu_per_throughput, self.work = clock, mfu_per_throughput, work
         self.bar: Bar | None = None
         self.note = ""  # shown after the bar
         self.earlier_seconds = 0.0  # of training before the checkpoint that this process resumed from
@@ -50,7 +56,7 @@ class RunLog(StepCallback):
         if trainer.is_global_zero:
             self.folder.cut_metrics(self.step)
             if shows_bars():
-                self.bar = Bar("training", self.total_steps, "steps", self.step, self.start)
+                self.bar = Bar("training", self.total_steps, "steps", self.step, self.start, self.work)
                 self.bar.draw(self.step)
 
     def on_step(self, trainer: pl.Trainer, module: Task) -> None:
@@ -112,6 +118,21 @@ class RunLog(StepCallback):
         if self.bar is not None:
             self.note = f"loss {decimals(loss)}{bits}, {pace}"
             return
-        left = time_left(self.start, self.last, self.first_step, self.step, self.total_steps)
+        left = time_left(self.start, self.last, self.first_step, self.step, self.total_steps, self.work)
         logger.info("  ".join([f"step {self.step}/{self.total_steps}", f"epoch {line['epoch']:.1f}",
                                f"loss {decimals(loss)}{bits}", pace, *left]))  # fmt: skip
+
+
+def work_of(settings: RunSettings, run: RunPlan) -> Callable[[int], float]:
+    """How much work a run's first steps are: their number, or about their FLOPs if the images grow.
+
+    They do with `data.resolution_fractions`. A block takes 24 t d^2 + 4 t^2 d FLOPs for an image of t tokens of width d.
+    """
+    resolutions, encoder = Resolutions.of(settings.data, run), settings.encoder
+    if resolutions is None or resolutions.ends is None:
+        return float
+    tokens = [math.prod(encoder.grid_of(side, side)) for side in resolutions.sides]
+    parts = list(
+        zip([count * (6 * encoder.width + count) for count in tokens], pairwise([0, *resolutions.ends]), strict=True)
+    )
+    return lambda steps: float(sum(flops * (min(max(steps, start), end) - start) for flops, (start, end) in parts))
