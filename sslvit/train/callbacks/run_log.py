@@ -126,7 +126,7 @@ class RunLog(StepCallback):
 def work_of(settings: RunSettings, run: RunPlan) -> Callable[[int], float]:
     """How much work a run's first steps are: their number, or about their FLOPs if the images grow.
 
-    They do with `data.resolution_fractions`. A block takes 24 t d^2 + 4 t^2 d FLOPs for an image of t tokens of width d.
+    They do with `data.resolution_fractions`. A block takes 24 t d^2 + 4 t^2 d FLOPs for t tokens of width d.
     """
     resolutions, encoder = Resolutions.of(settings.data, run), settings.encoder
     if resolutions is None or resolutions.ends is None:
