@@ -24,7 +24,7 @@ from sslvit.settings.views import ViewSettings
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # increased when the same key would stand for different numbers
+FORMAT = 3  # increased when the same key would stand for different numbers
 
 
 def key_of(source: Source, data: LabeledSet, view: ViewSettings, batch: int) -> str:

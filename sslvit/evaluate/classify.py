@@ -11,7 +11,7 @@ from torch import Tensor
 from sslvit.data.loader import evaluation_loader, normalized_view
 from sslvit.environment import pick_workers
 from sslvit.evaluate.features import labels_of
-from sslvit.evaluate.sources import LabeledSet, NoScore
+from sslvit.evaluate.sources import LabeledSet, NoScore, in_pieces
 from sslvit.progress import track
 from sslvit.ranks import all_gather, all_gather_objects, all_reduce_sum, rank, world_size
 from sslvit.settings import EncoderSettings
@@ -58,7 +58,9 @@ def accuracy(
     unreadable: dict[str, str] = {}
     is_finite = torch.ones((), dtype=torch.bool, device=device)
     for piece in track(loader, "validation", len(data.samples), each=batch * world_size()):
-        logits = logits_of(normalized_view(piece, settings, device)).float()
+        images = normalized_view(piece, settings, device)
+        pieces = in_pieces(images, settings.largest_activation(images.shape[2], images.shape[3]))
+        logits = torch.cat([logits_of(some) for some in pieces]).float()
         valid, labels = (column.to(device, non_blocking=True)[:, None] for column in (piece.valid, labels_of(piece)))
         is_finite &= (logits.isfinite() | ~valid).all()  # the host waits for the device once, at the end
         samples.append(all_gather(piece.samples)[all_gather(piece.valid)])

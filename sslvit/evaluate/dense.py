@@ -27,7 +27,7 @@ from sslvit.evaluate.linear import L2_GRID, NOT_CONVERGED, TRIAL_ITERATIONS, Lin
 from sslvit.evaluate.logistic import fit_logistic
 from sslvit.evaluate.masks import IGNORED, MaskedImages, MaskSummary, class_indices, patch_targets, summarize_masks
 from sslvit.evaluate.scores import Scores
-from sslvit.evaluate.sources import forward_precision, full_float32
+from sslvit.evaluate.sources import forward_precision, full_float32, in_pieces
 from sslvit.models import ViTEncoder
 from sslvit.progress import track
 from sslvit.settings import EncoderSettings
@@ -92,9 +92,12 @@ class PatchMaps:
         images = normalize(images, settings.mean, settings.std)
         if self.encoder is None:
             return F.pixel_unshuffle(images, max(settings.patch, 2))
+        maps = []
         with forward_precision(self.precision, self.device):
-            (block,) = self.encoder.intermediates(images, [settings.probed_layer], norm=True)
-            return block.patch_map().float()
+            for some in in_pieces(images, settings.largest_activation(images.shape[2], images.shape[3])):
+                (block,) = self.encoder.intermediates(some, [settings.probed_layer], norm=True)
+                maps.append(block.patch_map().float())
+        return torch.cat(maps)
 
 
 class _Pairs(Dataset[tuple[Tensor, np.ndarray]]):

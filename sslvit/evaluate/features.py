@@ -18,17 +18,13 @@ from sslvit.data.loader import center_view, evaluation_loader, normalized_view
 from sslvit.data.python_data import PythonIndex
 from sslvit.environment import pick_workers
 from sslvit.evaluate.cache import FeatureCache, key_of
-from sslvit.evaluate.sources import FeatureTable, LabeledSet, NoScore, Readout, Source
+from sslvit.evaluate.sources import FeatureTable, LabeledSet, NoScore, Readout, Source, in_pieces
 from sslvit.optim.guard import HostCopy
 from sslvit.progress import track
 from sslvit.ranks import all_gather, broadcast_from_rank0, is_first_rank, rank, world_size
 from sslvit.settings.views import CenterSettings, ViewSettings
 
 T = TypeVar("T")
-# Numbers in the largest activation of a forward pass on a CPU (8 MB). Larger buffers are returned to the system after
-# use, and every page of the next ones is faulted in: for 64 to 256 images at a time, CPU time is 1.25 times as long for
-# ViT-S/16, 1.6 times for ResNet-50, and 1.8 times for pixel sequences of 16 x 16 (on one core, torch 2.15).
-CPU_ACTIVATION = 2**21
 
 
 @dataclass
@@ -112,7 +108,8 @@ class FeatureExtractor:
 
         def features_of(piece: Batch) -> list[HostCopy]:
             images = normalized_view(piece, settings, source.device)
-            found = [source.features_at(some, readouts) for some in images.split(images_at_once(source, images))]
+            largest = source.largest_activation(images.shape[2], images.shape[3])
+            found = [source.features_at(some, readouts) for some in in_pieces(images, largest)]
             return [HostCopy(torch.cat(values).float()) for values in zip(*found, strict=True)]
 
         for piece, found in one_behind((piece, features_of(piece)) for piece in pieces):
@@ -131,13 +128,6 @@ class FeatureExtractor:
             table = FeatureTable(columns, torch.cat(labels), torch.cat(samples))
         check_finite(table, data)
         return table
-
-
-def images_at_once(source: Source, images: Tensor) -> int:
-    """How many images of a batch a source takes in one forward pass: all of them, or on a CPU as few as suit it."""
-    if images.device.type != "cpu":
-        return len(images)
-    return max(1, CPU_ACTIVATION // source.largest_activation(images.shape[2], images.shape[3]))
 
 
 def one_behind(items: Iterable[T]) -> Iterator[T]:

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sslvit.data.loader import evaluation_loader, normalized_view
-from sslvit.evaluate.sources import LabeledSet, full_float32
+from sslvit.evaluate.sources import LabeledSet, full_float32, in_pieces
 from sslvit.models.igpt import IGPTModel, pixel_nll
 from sslvit.progress import track
 
@@ -198,10 +198,11 @@ def model_nats(model: IGPTModel, colors: Int[Tensor, "b n"], batch: int) -> floa
     """Mean nats per pixel of images given as palette indices."""
     encoder, total = model.encoder, 0.0
     pixels = encoder.pixel_tokens
-    for piece in colors.split(batch):
-        piece = piece.long().to(pixels.palette.device)
-        images = pixels.images_of(piece, encoder.settings.grid)
-        total += float(pixel_nll(model.head(encoder(images)), piece)) * len(piece)
+    largest = colors.shape[1] * max(encoder.settings.mlp_width, model.head.out_features)
+    for of_batch in colors.split(batch):
+        for piece in in_pieces(of_batch.long().to(pixels.palette.device), largest):
+            images = pixels.images_of(piece, encoder.settings.grid)
+            total += float(pixel_nll(model.head(encoder(images)), piece)) * len(piece)
     return total / len(colors)
 
 

@@ -6,6 +6,7 @@ from its folder alone.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Annotated, Any, Literal, cast
@@ -349,6 +350,10 @@ class EncoderSettings:
         if self.mlp == "swiglu":
             hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
         return hidden
+
+    def largest_activation(self, height: int, width: int) -> int:
+        """How many numbers the largest activation of an image has: that of the hidden layer of a block's MLP."""
+        return math.prod(self.grid_of(height, width)) * self.mlp_width
 
 
 def _default_of(one: Field[Any]) -> Any:

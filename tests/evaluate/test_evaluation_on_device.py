@@ -19,10 +19,10 @@ from sslvit.cli import main
 from sslvit.data.index import load_index
 from sslvit.environment import pick_workers
 from sslvit.evaluate import features as features_module
-from sslvit.evaluate import health, knn, likelihood, linear, samples
+from sslvit.evaluate import health, knn, likelihood, linear, samples, sources
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.classify import accuracy
-from sslvit.evaluate.dense import segment
+from sslvit.evaluate.dense import PatchMaps, segment
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.masks import MaskedImages
 from sslvit.evaluate.probe import probe
@@ -146,7 +146,7 @@ def test_a_pass_on_a_cpu_takes_a_batch_in_pieces_and_on_a_gpu_at_once(
     monkeypatch.setattr(FrozenEncoder, "features_at", record)
     whole = columns_of("cpu")
     assert sizes == [7, 7, 7]
-    monkeypatch.setattr(features_module, "CPU_ACTIVATION", 3 * 4 * 64 + 1)  # 2 x 2 patches, and an MLP of width 64
+    monkeypatch.setattr(sources, "CPU_ACTIVATION", 3 * 4 * 64 + 1)  # 2 x 2 patches, and an MLP of width 64
     in_pieces = columns_of("cpu")
     assert sizes == [3, 3, 1] * 3
     for readout in READOUTS:
@@ -157,10 +157,35 @@ def test_a_pass_on_a_cpu_takes_a_batch_in_pieces_and_on_a_gpu_at_once(
 
 def test_one_image_is_never_too_large_for_a_pass() -> None:
     source = FrozenEncoder(make(width=64, patch=1, image_size=256))
-    assert source.largest_activation(256, 128) == 256 * 128 * 256 > features_module.CPU_ACTIVATION
-    assert features_module.images_at_once(source, torch.empty(5, 1, 256, 256)) == 1
-    pixels = RawPixels(source.settings)
-    assert features_module.images_at_once(pixels, torch.empty(5, 1, 224, 224)) == 2
+    assert source.largest_activation(256, 128) == 256 * 128 * 256 > sources.CPU_ACTIVATION
+    assert [len(one) for one in sources.in_pieces(torch.empty(3, 1, 2, 2), 2**30)] == [1, 1, 1]
+    assert RawPixels(source.settings).largest_activation(224, 224) == 64 * 112 * 112
+
+
+def test_pieces_of_a_batch_give_its_accuracy_maps_and_likelihood(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, encoder, sizes = LabeledSet(load_index(shards / "val"), 1), make(), []
+    model = IGPTModel(IGPTSettings(), make(tokens="pixel", patch=1, causal=True, class_token=False, pooling="mean",
+                                           palette=[[0.0], [0.5], [1.0]]).settings)  # fmt: skip
+    colors = torch.randint(3, (7, 64), generator=torch.Generator().manual_seed(0))
+    images = torch.randint(256, (7, 1, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    maps = PatchMaps(encoder, encoder.settings, 7, "cpu")
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return encoder.features(images)[:, :3]
+
+    def found() -> list:
+        with torch.no_grad():
+            return [accuracy(logits, data, encoder.settings, torch.device("cpu"), 21), maps.features_of(images),
+                    likelihood.model_nats(model, colors, 5)]  # fmt: skip
+
+    whole = found()
+    monkeypatch.setattr(sources, "CPU_ACTIVATION", 8 * 4 * 64)
+    in_pieces = found()
+    assert sizes == [21, 8, 8, 5]
+    assert in_pieces[0] == whole[0]
+    torch.testing.assert_close(in_pieces[1], whole[1])
+    assert in_pieces[2] == pytest.approx(whole[2], rel=1e-6)
 
 
 def test_each_batch_is_read_once_the_next_one_is_under_way() -> None:
