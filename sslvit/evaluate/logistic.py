@@ -24,8 +24,7 @@ ROUGH = 1e-5  # largest entry of a gradient below which float32 is too coarse
 MIN_STEP = 1e-10  # smallest fraction of a step that a line search tries
 REFRESH = 25  # iterations between two computations of the curvature
 MAX_LOGITS = 2**27  # logits at a time: half a gigabyte in float32
-# on a CPU: few enough for its cache, and for buffers that the heap keeps; with more, CPU time is 1.5 times as long (for
-# 45,000 images of 10 classes and 45 penalties, on one core)
+# on a CPU: few enough for its cache; with more, 45,000 images, 10 classes and 45 penalties take 1.3 times the CPU time
 MAX_LOGITS_ON_CPU = 2**20
 
 

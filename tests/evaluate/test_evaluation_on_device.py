@@ -138,8 +138,12 @@ def test_a_pass_on_a_cpu_takes_a_batch_in_pieces_and_on_a_gpu_at_once(
         sizes.append(len(images))
         return features_at(source, images, readouts)
 
+    kept = []
+    monkeypatch.setattr(features_module, "keep_freed_memory", lambda: kept.append("memory"))
+
     def columns_of(device: str) -> dict:
         sizes.clear()
+        kept.clear()
         source = FrozenEncoder(make().to(device))
         return FeatureExtractor(10).run(source, data, READOUTS, features_module.center_view(source.settings)).columns
 
@@ -149,15 +153,17 @@ def test_a_pass_on_a_cpu_takes_a_batch_in_pieces_and_on_a_gpu_at_once(
     monkeypatch.setattr(sources, "CPU_ACTIVATION", 3 * 4 * 64 + 1)  # 2 x 2 patches, and an MLP of width 64
     in_pieces = columns_of("cpu")
     assert sizes == [3, 3, 1] * 3
+    assert kept
     for readout in READOUTS:
         torch.testing.assert_close(in_pieces[readout], whole[readout])
     columns_of(GPU)
     assert sizes == [7, 7, 7]
+    assert not kept
 
 
 def test_one_image_is_never_too_large_for_a_pass() -> None:
     source = FrozenEncoder(make(width=64, patch=1, image_size=256))
-    assert source.largest_activation(256, 128) == 256 * 128 * 256 > sources.CPU_ACTIVATION
+    assert source.largest_activation(256, 512) == 256 * 512 * 256 > sources.CPU_ACTIVATION
     assert [len(one) for one in sources.in_pieces(torch.empty(3, 1, 2, 2), 2**30)] == [1, 1, 1]
     assert RawPixels(source.settings).largest_activation(224, 224) == 64 * 112 * 112
 
