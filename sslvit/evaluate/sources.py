@@ -31,8 +31,6 @@ MAX_UNREADABLE_FRACTION = 0.01  # of a data set's images; above it there is no s
 MAX_PIXEL_SIDE = 32  # raw pixels of larger images are shrunk to this side
 Readout = tuple[int, str]  # a block, counted from 1, and a pooling
 OUTPUT = "output"  # in place of a pooling: the network's own output vector
-
-
 # Numbers in the largest activation of a forward pass on a CPU (32 MB): 256 images at once would be no faster, and take
 # 4 GB for 32 x 32 pixels and a width of 192, instead of 0.2.
 CPU_ACTIVATION = 2**23
