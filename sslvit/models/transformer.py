@@ -182,8 +182,8 @@ class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017), configured by the encoder's settings.
 
     `causal`: a token attends only to itself and earlier tokens. `locality`: a token does not attend to itself, and
-    each head learns its temperature (Lee et al. 2021, section 3.2). `written_out` computes attention where it is written
-    out; a forecast puts a cheaper function of the same memory in its place.
+    each head learns its temperature (Lee et al. 2021, section 3.2). `written_out` computes attention where it is
+    written out; a forecast puts a cheaper function of the same memory in its place.
     """
 
     written_out: Any = WrittenOutAttention
