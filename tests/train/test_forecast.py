@@ -150,6 +150,7 @@ def test_with_buckets_a_step_of_ddp_holds_what_is_planned(tmp_path: Path) -> Non
             for _ in range(2):
                 model(example(settings, found.run.images_per_pass), 0).backward()
                 task.zero_grad()
+                distributed.barrier()  # gloo's threads let the buckets go, which the second step replaces
     finally:
         distributed.destroy_process_group()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -298,6 +299,7 @@ import gc, resource, sys, torch
 from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
+from sslvit.train import fake_step
 from sslvit.train.forecast import forecast, plan_step
 
 torch.set_num_threads(1)
