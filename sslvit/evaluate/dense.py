@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sslvit import rng
 from sslvit.data.resample import normalize
-from sslvit.environment import keep_freed_memory, pick_device, pick_workers
+from sslvit.environment import pick_device, pick_workers
 from sslvit.evaluate.linear import L2_GRID, NOT_CONVERGED, TRIAL_ITERATIONS, LinearMap, solved_in_all_folds
 from sslvit.evaluate.logistic import fit_logistic
 from sslvit.evaluate.masks import IGNORED, MaskedImages, MaskSummary, class_indices, patch_targets, summarize_masks
@@ -125,8 +125,6 @@ def segment(
         ValueError: `val` has classes that are not in `train`, or `train` has fewer than two.
     """
     device = pick_device(device)
-    if device == "cpu":
-        keep_freed_memory()
     settings = next(encoder.settings for encoder in encoders.values() if encoder is not None)
     of_train, of_val = summarize_masks(train, settings), summarize_masks(val, settings)
     check_masks(train, val, of_train, of_val)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sslvit.data.batch import Batch
 from sslvit.data.loader import center_view, evaluation_loader, normalized_view
 from sslvit.data.python_data import PythonIndex
-from sslvit.environment import keep_freed_memory, pick_workers
+from sslvit.environment import pick_workers
 from sslvit.evaluate.cache import FeatureCache, key_of
 from sslvit.evaluate.sources import FeatureTable, LabeledSet, NoScore, Readout, Source, in_pieces
 from sslvit.optim.guard import HostCopy
@@ -96,8 +96,6 @@ class FeatureExtractor:
                 finite.
         """
         settings = source.settings
-        if source.device.type == "cpu":
-            keep_freed_memory()
         loader = evaluation_loader(
             data.reader, settings, self.batch, data.workers(pick_workers(self.workers, source.device.type)), rank(),
             world_size(), view, epoch, seed, data.subset, source.device.type == "cuda",

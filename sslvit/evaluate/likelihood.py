@@ -14,7 +14,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sslvit.data.loader import evaluation_loader, normalized_view
-from sslvit.environment import keep_freed_memory
 from sslvit.evaluate.sources import LabeledSet, full_float32, in_pieces
 from sslvit.models.igpt import IGPTModel, pixel_nll
 from sslvit.progress import track
@@ -179,8 +178,6 @@ def likelihood(model: IGPTModel, train: LabeledSet, val: LabeledSet, batch: int 
             f"{MIN_IMAGES} or more."
         )
     model.eval()
-    if model.encoder.pixel_tokens.palette.device.type == "cpu":
-        keep_freed_memory()
     colors, (rows, columns) = model.head.out_features, model.encoder.settings.grid
     at_once = max(1, MAX_COUNTED_PIXELS // (rows * columns))
     table, smoothing = count_ngrams(regroup(palette_images(model, train, "counting"), at_once), colors)

@@ -19,6 +19,7 @@ from torch import Tensor
 from sslvit.checkpoint import fingerprint
 from sslvit.data.index import ShardIndex
 from sslvit.data.reader import ShardReader
+from sslvit.environment import keep_freed_memory
 from sslvit.files import printable
 from sslvit.models import Backbone, Encoder, ViTEncoder, device_and_dtype
 from sslvit.ranks import all_gather_objects, is_first_rank
@@ -43,12 +44,15 @@ class NoScore(ValueError):
 def in_pieces(images: Tensor, largest_activation: int) -> tuple[Tensor, ...]:
     """A batch 'b ...' in pieces for forward passes: as a whole, or on a CPU as few images at a time as suit it.
 
+    There, memory that a pass frees is also kept for the next one.
+
     Args:
         images: The batch.
         largest_activation: Numbers in the largest activation of one image.
     """
     if images.device.type != "cpu":
         return (images,)
+    keep_freed_memory()
     return images.split(max(1, CPU_ACTIVATION // largest_activation))
 
 

@@ -139,7 +139,7 @@ def test_a_pass_on_a_cpu_takes_a_batch_in_pieces_and_on_a_gpu_at_once(
         return features_at(source, images, readouts)
 
     kept = []
-    monkeypatch.setattr(features_module, "keep_freed_memory", lambda: kept.append("memory"))
+    monkeypatch.setattr(sources, "keep_freed_memory", lambda: kept.append("memory"))
 
     def columns_of(device: str) -> dict:
         sizes.clear()
