@@ -173,7 +173,7 @@ def test_pieces_of_a_batch_give_its_accuracy_maps_and_likelihood(shards: Path, m
     model = IGPTModel(IGPTSettings(), make(tokens="pixel", patch=1, causal=True, class_token=False, pooling="mean",
                                            palette=[[0.0], [0.5], [1.0]]).settings)  # fmt: skip
     colors = torch.randint(3, (7, 64), generator=torch.Generator().manual_seed(0))
-    images = torch.randint(256, (7, 1, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    images = torch.randint(256, (10, 1, 8, 8), generator=torch.Generator().manual_seed(0)).float()
     maps = PatchMaps(encoder, encoder.settings, 7, "cpu")
 
     def logits(images: torch.Tensor) -> torch.Tensor:
